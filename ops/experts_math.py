@@ -1,0 +1,165 @@
+"""Arithmetic, error bound, checks and sample cases that grouped experts share, whatever the storage format of their weights.
+
+Shapes: rows [A, D] sorted by expert, row_weight [A], counts [E], gate_up [A, 2I], h [A, I].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ops import bounds
+from ops.contract import Cost, WrongInput, tensors_bytes
+from ops.quant import dequant_fp8, quant_fp8
+from ops.swiglu import activation, check_limit, subnormal, swiglu_error
+
+ACTIVATION_GROUP = 128
+_FP8_MAX, _AMAX_FLOOR = 448.0, 1e-4
+Weight: TypeAlias = Callable[[int, torch.dtype], Tensor]  # (expert, type) -> dense matrix
+
+
+def segments(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of the experts that received rows."""
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            yield expert, start, start + count
+        start += count
+
+
+def roundtrip_activation(x_AK: Tensor, compute: torch.dtype) -> Tensor:
+    """x quantised to FP8 per row and 128 channels and back, in `compute` precision (specification section 10.3)."""
+    q, scale = quant_fp8.reference(x_AK, group=ACTIVATION_GROUP, compute=compute)
+    return dequant_fp8.reference(q, scale, group=ACTIVATION_GROUP, dtype=compute, compute=compute)
+
+
+def experts_reference(
+    rows_AD: Tensor,
+    row_weight_A: Tensor,
+    counts_E: Tensor,
+    w13: Weight,
+    w2: Weight,
+    *,
+    limit: float,
+    quantize: bool,
+    compute: torch.dtype,
+) -> Tensor:
+    """w2(swiglu(w13 x) * row_weight) of each row by its expert; with `quantize` both products take FP8 activations."""
+    x_AD = roundtrip_activation(rows_AD, compute) if quantize else rows_AD.to(compute)
+    y_AD = torch.zeros(rows_AD.shape, dtype=compute)
+    for e, i, j in segments(counts_E):
+        h = activation(x_AD[i:j] @ w13(e, compute).T, limit) * row_weight_A[i:j].to(compute)[:, None]
+        y_AD[i:j] = (roundtrip_activation(h, compute) if quantize else h) @ w2(e, compute).T
+    return y_AD
+
+
+def _fp8_interval(h: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 round trip of h per 128 channels, and how far that of any value within h +- error may lie from it."""
+    rows, width = h.shape
+    pad = -width % ACTIVATION_GROUP
+    h, error = (torch.nn.functional.pad(t, (0, pad)).reshape(rows, -1, ACTIVATION_GROUP) for t in (h, error))
+
+    def scale_of(amax: Tensor) -> Tensor:
+        mantissa, exponent = torch.frexp(amax.clamp_min(_AMAX_FLOOR) / _FP8_MAX)
+        return torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).to(exponent.dtype))
+
+    def trip(value: Tensor, scale: Tensor) -> Tensor:
+        return (value / scale).clamp(-_FP8_MAX, _FP8_MAX).float().to(torch.float8_e4m3fn).double() * scale
+
+    exact = trip(h, scale_of(h.abs().amax(-1, keepdim=True)))
+    reach = torch.zeros_like(h)
+    for amax in ((h.abs() - error).amax(-1, keepdim=True), (h.abs() + error).amax(-1, keepdim=True)):
+        for value in (h - error, h, h + error):
+            reach = torch.maximum(reach, (trip(value, scale_of(amax)) - exact).abs())
+    return exact.reshape(rows, -1)[:, :width], reach.reshape(rows, -1)[:, :width]
+
+
+def experts_bound(
+    rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Weight, w2: Weight, *, limit: float, quantize: bool
+) -> Tensor:
+    """Error bound [A, D] of grouped experts whose products accumulate in fp32.
+
+    gate, up and h may be rounded to the rows' type; FP8 codes of h may differ where h is uncertain across a rounding
+    boundary. Errors of h are independent, so their sum over I is bounded by SPREAD times its root mean square, and by the
+    plain sum.
+    """
+    unit = bounds.roundoff(rows_AD.dtype)
+    x_AD = roundtrip_activation(rows_AD, torch.float64) if quantize else rows_AD.double()
+    bound_AD = torch.zeros(rows_AD.shape, dtype=torch.float64)
+    for e, i, j in segments(counts_E):
+        a, b = w13(e, torch.float64), w2(e, torch.float64)
+        gate_up = x_AD[i:j] @ a.T
+        error = bounds.accumulate(x_AD.shape[1], x_AD[i:j].abs() @ a.abs().T) + unit * gate_up.abs() + subnormal(rows_AD.dtype)
+        h, h_error = swiglu_error(gate_up, error, row_weight_A[i:j], limit)
+        h_error = h_error + unit * h.abs() + subnormal(rows_AD.dtype)
+        if quantize:
+            h, h_error = _fp8_interval(h, h_error)
+        carried = torch.minimum(h_error @ b.abs().T, bounds.SPREAD * (h_error.square() @ b.square().T).sqrt())
+        bound_AD[i:j] = carried + bounds.accumulate(h.shape[1], h.abs() @ b.abs().T) + subnormal(rows_AD.dtype)
+    return bound_AD
+
+
+def check_rows(op: str, rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, experts: int, limit: float) -> None:
+    """The checks that all grouped experts share; ValueError names what differs."""
+    check_limit(op, limit)
+    if not rows_AD.is_floating_point() or rows_AD.dim() != 2:
+        raise ValueError(f"{op}: rows are {rows_AD.dtype} {tuple(rows_AD.shape)}, expected a floating type [A, D]")
+    count = rows_AD.shape[0]
+    if row_weight_A.shape != (count,) or row_weight_A.dtype != torch.float32:
+        found = f"{row_weight_A.dtype} {tuple(row_weight_A.shape)}"
+        raise ValueError(f"{op}: row_weight is {found}, expected torch.float32 ({count},), one per row")
+    if counts_E.shape != (experts,) or counts_E.dtype != torch.int64:
+        raise ValueError(f"{op}: counts is {counts_E.dtype} {tuple(counts_E.shape)}, expected torch.int64 ({experts},)")
+    if counts_E.device.type == "cpu" and int(counts_E.sum()) != count:
+        raise ValueError(f"{op}: counts add up to {int(counts_E.sum())}, expected {count}, the number of rows")
+
+
+def experts_cost(
+    rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, width: int, weights: Sequence[Tensor], rate: str
+) -> Cost:
+    """Cost of grouped experts of width I = `width`; only experts with rows are read (as many as possible for meta counts)."""
+    rows, channels = rows_AD.shape
+    experts = counts_E.shape[0]
+    read = min(rows, experts) if counts_E.device.type == "meta" else int((counts_E > 0).sum())
+    weight_bytes = tensors_bytes(*weights) // max(experts, 1) * read
+    fixed = tensors_bytes(rows_AD, row_weight_A, counts_E)
+    return Cost(2 * rows * 3 * width * channels, 9 * rows * width, fixed + weight_bytes, tensors_bytes(rows_AD), rate)
+
+
+CASES: dict[str, tuple[list[int], int, int, float, float]] = {  # counts, D, I, spread of gate and up, limit
+    "zero": ([0, 0, 0], 16, 8, 2.0, 10.0),
+    "one": ([0, 1, 0], 16, 8, 2.0, 10.0),
+    "odd": ([2, 0, 3, 1], 19, 7, 2.0, 10.0),
+    "all-on-one": ([0, 0, 9, 0], 24, 12, 2.0, 10.0),
+    "clamp": ([3, 2], 48, 40, 9.0, 10.0),
+    "narrow-limit": ([4, 0, 2], 32, 24, 1.0, 0.6),
+    "many": ([17, 33, 0, 5], 64, 48, 3.0, 10.0),
+    "wide-in": ([1, 0, 1], 4096, 64, 3.0, 10.0),
+    "wide-inner": ([2, 0], 64, 2048, 3.0, 10.0),
+}
+
+
+def sample_rows(g: torch.Generator, counts: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Random rows, row weights and the counts tensor of one sample."""
+    total = sum(counts)
+    return torch.randn(total, width, generator=g).to(dtype), 1.5 * torch.rand(total, generator=g), torch.tensor(counts)
+
+
+def sample_dense(g: torch.Generator, experts: int, width: int, inner: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Random fp32 w13 and w2 that give gate and up the standard deviation `spread`."""
+    w13 = torch.randn(experts, 2 * inner, width, generator=g) * spread * width**-0.5
+    return w13, torch.randn(experts, width, inner, generator=g) * inner**-0.5
+
+
+def row_errors(rows: tuple[Tensor, Tensor, Tensor], rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[WrongInput]:
+    """Wrong rows, weights, counts and limits, for every storage format."""
+    x, weight, counts = rows
+    yield WrongInput("rows-integer", (x.int(), weight, counts, *rest), kwargs, r"rows are torch.int32")
+    yield WrongInput("weight-length", (x, weight[:1], counts, *rest), kwargs, r"row_weight is torch.float32 \(1,\)")
+    yield WrongInput("counts-type", (x, weight, counts.int(), *rest), kwargs, r"counts is torch.int32")
+    yield WrongInput("counts-length", (x, weight, counts[:1], *rest), kwargs, r"counts is torch.int64 \(1,\)")
+    yield WrongInput("counts-sum", (x, weight, counts + 1, *rest), kwargs, r"counts add up to \d+, expected \d+")
+    yield WrongInput("limit", (x, weight, counts, *rest), {**kwargs, "limit": -1.0}, r"limit is -1.0")

@@ -1,0 +1,98 @@
+"""Judging one call of an implementation against the contract's float64 golden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.bounds import roundoff
+from ops.contract import Contract, Sample
+from ops.registry import signature
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one judged call. `worst` is the largest error divided by its allowance over all outputs."""
+
+    op: str
+    sample: str
+    ok: bool
+    worst: float
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.op}[{self.sample}]: " + ("ok" if self.ok else "WRONG")
+        return "\n  ".join([f"{head}, worst error/bound {self.worst:.3g}", *self.problems])
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result or ())
+
+
+def call_with_clones(contract: Contract, fn: Callable[..., Any], sample: Sample, **extra: Any) -> tuple[list[Tensor], dict[str, Any]]:
+    """Run `fn` on clones; returns outputs followed by the mutated arguments, and all bound arguments after the call."""
+    bound = signature(contract).bind(*map(_clone, sample.args), **{k: _clone(v) for k, v in sample.kwargs.items()})
+    outputs = _flat(fn(*bound.args, **bound.kwargs, **extra))
+    bound.apply_defaults()
+    return outputs + [bound.arguments[name] for name in contract.mutates], dict(bound.arguments)
+
+
+def _compare(position: int, y: Tensor, g: Tensor, allowance: Any) -> tuple[float, str | None]:
+    if not g.is_floating_point() or allowance is None:
+        same = torch.equal(y.reshape(-1).view(torch.uint8), g.to(y.dtype).reshape(-1).view(torch.uint8)) if y.numel() else True
+        return (0.0, None) if same else (float("inf"), f"output {position}: {int((y != g).sum())} elements differ (must be bitwise equal)")
+    if y.numel() == 0:
+        return 0.0, None
+    y64, g64 = y.double(), g.double()
+    if not torch.equal(torch.isfinite(y64), torch.isfinite(g64)) or not torch.equal(y64.isnan(), g64.isnan()):
+        return float("inf"), f"output {position}: inf or nan in other places than the golden"
+    finite = torch.isfinite(g64)
+    allowed = roundoff(y.dtype) * g64.abs() + torch.as_tensor(allowance, dtype=torch.float64) + torch.finfo(torch.float32).tiny
+    ratio = torch.where(finite, (y64 - g64).abs() / allowed, torch.zeros_like(g64))
+    worst = float(ratio.max())
+    if worst <= 1:
+        return worst, None
+    where = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
+    return worst, f"output {position} at {where}: found {float(y64[where]):.9g}, expected {float(g64[where]):.9g}, error/bound {worst:.3g}"
+
+
+def judge(contract: Contract, fn: Callable[..., Any], sample: Sample) -> Verdict:
+    """Run `fn` and the reference on clones of the sample and compare structure, values and untouched arguments."""
+    golden, _ = call_with_clones(contract, contract.reference, sample, compute=torch.float64)
+    found, after = call_with_clones(contract, fn, sample)
+    problems: list[str] = []
+    worst = 0.0
+    shapes = _flat(contract.meta(*sample.args, **sample.kwargs))
+    before = signature(contract).bind(*sample.args, **sample.kwargs).arguments
+    for name, value in before.items():
+        if isinstance(value, Tensor) and name not in contract.mutates and not torch.equal(
+            value.reshape(-1).view(torch.uint8), after[name].reshape(-1).view(torch.uint8)
+        ):
+            problems.append(f"argument {name} was modified")
+    for i, (y, m) in enumerate(zip(found, shapes, strict=False)):
+        if y.shape != m.shape or y.dtype != m.dtype:
+            problems.append(f"output {i}: found {tuple(y.shape)} {y.dtype}, expected {tuple(m.shape)} {m.dtype}")
+    if len(found) != len(golden):
+        problems.append(f"found {len(found)} outputs, expected {len(golden)}")
+    if not problems:
+        allowances = contract.bound(*sample.args, **sample.kwargs, golden=tuple(golden), found=tuple(found))
+        if len(allowances) != len(golden):
+            raise ValueError(f"{contract.name}: bound returned {len(allowances)} allowances for {len(golden)} outputs")
+        for i, (y, g, b) in enumerate(zip(found, golden, allowances, strict=True)):
+            if callable(b):
+                complaint = b(y)
+                ratio = float("inf") if complaint else 0.0
+            else:
+                ratio, complaint = _compare(i, y, g, b)
+            worst = max(worst, ratio)
+            if complaint:
+                problems.append(complaint)
+    return Verdict(contract.name, sample.name, not problems, worst if not problems else max(worst, float("inf") if problems else worst), tuple(problems))

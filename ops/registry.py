@@ -1,0 +1,182 @@
+"""Choosing implementations: once, before the first forward, with a reason for every refusal.
+
+`bind` walks a chain of backends and returns plain functions. Nothing is looked up per call and nothing is caught
+and retried: a missing kernel is either a listed step down the chain or NoImplementation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from ops.contract import CONTRACTS, Contract, Impl
+from ops.probe import Probe
+
+
+class NoImplementation(RuntimeError):
+    """No backend of the chain implements an op for every input; the message lists each backend's reason."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one op was decided: the backends used in order of preference and every backend's note."""
+
+    op: str
+    used: tuple[str, ...]
+    notes: tuple[tuple[str, str], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form: op, used, notes by backend."""
+        return {"op": self.op, "used": list(self.used), "notes": dict(self.notes)}
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Bound functions (`ops.rms_norm(...)`) and the reasons behind them."""
+
+    ops: SimpleNamespace
+    choices: tuple[Choice, ...]
+    chain: tuple[str, ...]
+
+    def explain(self) -> str:
+        """Table of op, implementation used, and each refusal."""
+        width = max((len(c.op) for c in self.choices), default=2)
+        lines = [f"{'op':<{width}}  used"]
+        for c in self.choices:
+            refused = "; ".join(f"{b}: {r}" for b, r in c.notes if b not in c.used)
+            lines.append(f"{c.op:<{width}}  {' -> '.join(c.used)}" + (f"   ({refused})" if refused else ""))
+        return "\n".join(lines)
+
+    def table(self) -> list[dict[str, Any]]:
+        """The same as JSON-ready rows."""
+        return [c.as_dict() for c in self.choices]
+
+
+def load_backend(name: str) -> ModuleType:
+    """Import `backends.<name>`, which registers its implementations. ValueError lists the known backends."""
+    known = importlib.import_module("backends").NAMES
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(sorted(known))}{hint}")
+    return importlib.import_module(f"backends.{name}")
+
+
+def parse_overrides(text: str) -> dict[str, str]:
+    """Read `op=backend,op=backend` (the form of V4_OPS). ValueError names a malformed item."""
+    result: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, eq, backend = item.partition("=")
+        if not eq or not op.strip() or not backend.strip():
+            raise ValueError(f"V4_OPS: found {item!r}, expected op=backend, for instance rms_norm=cpu")
+        result[op.strip()] = backend.strip()
+    return result
+
+
+def _check_overrides(overrides: Mapping[str, str]) -> None:
+    for op in overrides:
+        if op not in CONTRACTS:
+            near = difflib.get_close_matches(op, CONTRACTS, 1)
+            raise ValueError(f"override for unknown op {op!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _chained(impls: Sequence[Impl], reference: Callable[..., Any]) -> Callable[..., Any]:
+    pairs = [(i.when, i.fn) for i in impls]
+
+    @functools.wraps(reference)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for when, fn in pairs:
+            if when is None or when(*args, **kwargs):
+                return fn(*args, **kwargs)
+        raise AssertionError("unreachable: bind requires a last implementation without a shape rule")
+
+    return call
+
+
+def _checked(contract: Contract, fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        contract.meta(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return call
+
+
+def _choose(
+    contract: Contract,
+    order: Sequence[str],
+    probes: Mapping[str, Probe],
+    dtype: torch.dtype,
+    ops: SimpleNamespace,
+    chosen: Mapping[str, Choice],
+) -> tuple[list[Impl], Choice]:
+    usable: list[Impl] = []
+    notes: list[tuple[str, str]] = []
+    for backend in order:
+        impl = contract.impls.get(backend)
+        reason = impl.refusal(probes[backend], dtype) if impl else "not written"
+        if impl and reason is None:
+            usable.append(impl)
+            notes.append((backend, impl.note or ("used" if impl.when is None else "used where its shape rule holds")))
+            if impl.when is None:
+                return usable, Choice(contract.name, tuple(i.backend for i in usable), tuple(notes))
+            continue
+        if contract.compose and all(chosen[p].used == (backend,) for p in contract.parts):
+            notes.append((backend, f"composed of {', '.join(contract.parts)}" + (f" ({reason})" if impl else "")))
+            fn = contract.compose(SimpleNamespace(**{p: getattr(ops, p) for p in contract.parts}))
+            usable.append(Impl(backend, fn, frozenset(), frozenset(), (), None, "composed"))
+            return usable, Choice(contract.name, tuple(i.backend for i in usable), tuple(notes))
+        notes.append((backend, reason or "not written"))
+    listing = "\n".join(f"  {b:14s} {r}" for b, r in notes)
+    raise NoImplementation(
+        f"{contract.name}: no implementation takes every input for {dtype}\n{listing}\n"
+        "  Add a backend to the chain, override the op, or drop --strict."
+    )
+
+
+def bind(
+    chain: Sequence[str],
+    *,
+    dtype: torch.dtype,
+    probes: Mapping[str, Probe] | None = None,
+    overrides: Mapping[str, str] | None = None,
+    checked: bool = False,
+    only: Sequence[str] | None = None,
+) -> Binding:
+    """Choose an implementation per op, now.
+
+    chain: backend names in order of preference. dtype: activation type. probes: per backend, instead of looking at
+    this machine. overrides: op -> backend, above the chain; V4_OPS in the environment is used for ops not named here.
+    checked: validate every call against the contract first. only: bind just these ops (with their parts).
+    Raises NoImplementation with every backend's reason, ValueError for unknown backends or ops.
+    """
+    pinned = {**parse_overrides(os.environ.get("V4_OPS", "")), **(overrides or {})}
+    names = list(dict.fromkeys([*chain, *pinned.values()]))
+    modules = {name: load_backend(name) for name in names}
+    _check_overrides(pinned)
+    known = {name: (probes or {}).get(name) or modules[name].probe() for name in names}
+    ops, chosen = SimpleNamespace(), {}
+    names_wanted = dict.fromkeys(n for op in only or CONTRACTS for n in (*CONTRACTS[op].parts, op))
+    wanted = [CONTRACTS[n] for n in names_wanted]
+    for contract in sorted(wanted, key=lambda c: bool(c.parts)):
+        order = (pinned[contract.name],) if contract.name in pinned else tuple(chain)
+        impls, choice = _choose(contract, order, known, dtype, ops, chosen)
+        fn = impls[0].fn if len(impls) == 1 else _chained(impls, contract.reference)
+        setattr(ops, contract.name, _checked(contract, fn) if checked else fn)
+        chosen[contract.name] = choice
+    return Binding(ops, tuple(chosen[n] for n in sorted(chosen)), tuple(chain))
+
+
+def signature(contract: Contract) -> inspect.Signature:
+    """The op's public signature: that of its reference without `compute`."""
+    full = inspect.signature(contract.reference)
+    return full.replace(parameters=[p for p in full.parameters.values() if p.name != "compute"])

@@ -1,0 +1,80 @@
+"""`python -m tools.bench cpu`: exit code 0 after a complete run, 2 when it could not run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    cpu = verbs.add_parser("cpu", help="the CPU backend beside transformers on the same weights")
+    cpu.add_argument("--config", default="mini", help="name in configs/ (default: mini)")
+    cpu.add_argument("--checkpoint", type=Path, help="checkpoint directory; default: build/bench-<config>, made when absent")
+    cpu.add_argument("--sections", default="prefill,decode,long,ops,load", help="comma-separated")
+    cpu.add_argument("--quick", action="store_true", help="small sizes, for a look")
+    cpu.add_argument("--threads", type=int, help="default: what torch chooses")
+    cpu.add_argument("--json", type=Path, help="write the report here")
+    cpu.add_argument("--markdown", type=Path, help="put the tables between the markers of this page")
+    cpu.add_argument("--plot", type=Path, help="write the plot of op times against context here (needs matplotlib)")
+    return parser
+
+
+def _checkpoint(args: argparse.Namespace) -> Path:
+    if args.checkpoint:
+        return args.checkpoint
+    from v4.config import Config
+    from v4.make import make
+
+    directory = Path("build") / f"bench-{args.config}"
+    if not (directory / "config.json").is_file():
+        make(Config.from_file(Path("configs") / f"{args.config}.json"), directory, 0, storage="f32")
+    return directory
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, measure, print; returns the exit code."""
+    args = _parser().parse_args(argv)
+    for package, wanted in (("transformers", True), ("matplotlib", args.plot is not None)):
+        if wanted and importlib.util.find_spec(package) is None:
+            print(f"tools.bench: {package} is not installed; pip install -e .[test,dev]", file=sys.stderr)
+            return 2
+    from tools.bench import cpu, plots, table
+
+    sections = [s for s in args.sections.split(",") if s]
+    if unknown := set(sections) - set(cpu.SECTIONS):
+        print(f"tools.bench: unknown sections {sorted(unknown)}; known: {', '.join(cpu.SECTIONS)}", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.plot and "ops" not in sections:
+        print("tools.bench: --plot needs the section ops", file=sys.stderr)
+        return 2
+    try:
+        report = cpu.run(
+            _checkpoint(args),
+            sections,
+            cpu.QUICK if args.quick else cpu.Sizes(),
+            lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"tools.bench: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if args.markdown:
+        table.put(args.markdown, report)
+    if args.plot:
+        plots.context_plot(report, args.plot)
+    print(table.markdown(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

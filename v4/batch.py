@@ -1,0 +1,108 @@
+"""What one call of the graph needs to know about its tokens: offsets, positions, slots, rotary rows.
+
+Built once per call on the host and shared by all layers. T tokens over B sequences, E entries completed by the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from v4 import rope
+from v4.cache import Cache, Sequence
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of one ratio completed by this call: their cache slots int64 [E] and rotary rows [E, R2] at position i*m."""
+
+    slots: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Metadata of one call.
+
+    ids int64 [T]; cu_seqlens int32 [B+1]; start_pos int32 [B]; positions int64 [T]; tables: group -> int32 [B, blocks];
+    window_slots int64 [T]; rope: compressed? -> (cos, sin) [T, R2]; entries: ratio -> Entries.
+    """
+
+    ids: Tensor
+    cu_seqlens: Tensor
+    start_pos: Tensor
+    positions: Tensor
+    tables: dict[str, Tensor]
+    window_slots: Tensor
+    rope: dict[bool, tuple[Tensor, Tensor]]
+    entries: dict[int, Entries]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.ids.shape[0]
+
+
+class RopeTables:
+    """Frequencies of both rotary kinds, kept per model."""
+
+    def __init__(self, plain_R2: Tensor, compressed_R2: Tensor) -> None:
+        self.by_kind = {False: plain_R2, True: compressed_R2}
+
+
+def _slots(table: Tensor, sequence_of_row: np.ndarray, rows: np.ndarray, block_rows: int) -> Tensor:
+    blocks = table.numpy()[sequence_of_row, rows // block_rows].astype(np.int64)
+    return torch.from_numpy(np.where(blocks > 0, blocks * block_rows + rows % block_rows, -1))
+
+
+def build(cache: Cache, tables: RopeTables, sequences: Seq[Sequence], ids: Seq[Seq[int] | Tensor], device: torch.device) -> Batch:
+    """Reserve cache rows for `ids[b]` new tokens of `sequences[b]` and lay out the call. Does not advance the sequences.
+
+    Raises CacheFull when a sequence outgrows the cache, ValueError when the two lists differ in length.
+    """
+    if len(sequences) != len(ids):
+        raise ValueError(f"found {len(sequences)} sequences and {len(ids)} token lists, expected as many")
+    counts = np.array([len(i) for i in ids], dtype=np.int64)
+    starts = np.array([s.length for s in sequences], dtype=np.int64)
+    for sequence, n in zip(sequences, counts.tolist(), strict=True):
+        if n:
+            cache.reserve(sequence, n)
+    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    owner = np.repeat(np.arange(len(ids)), counts)
+    positions = np.arange(int(offsets[-1])) - np.repeat(offsets[:-1] - starts, counts)
+    rows = torch.tensor([s.slot for s in sequences], dtype=torch.int64)
+    whole = len(sequences) == 1
+    slot = sequences[0].slot if whole else 0
+    group_tables = {
+        name: g.table[slot : slot + 1] if whole else g.table.index_select(0, rows) for name, g in cache.groups.items()
+    }
+    positions_T = torch.from_numpy(positions)
+    entries: dict[int, Entries] = {}
+    for m in sorted(set(cache.ratios) - {0}):
+        made = (starts + counts) // m - starts // m
+        entry_owner = np.repeat(np.arange(len(ids)), made)
+        before = np.concatenate([[0], np.cumsum(made)[:-1]])
+        index = np.arange(int(made.sum())) - np.repeat(before - starts // m, made)
+        block_rows = cache.groups[f"entries{m}"].spec.block_rows
+        slots = _slots(group_tables[f"entries{m}"], entry_owner, index, block_rows)
+        cos, sin = rope.rows(tables.by_kind[True], torch.from_numpy(index * m))
+        entries[m] = Entries(slots.to(device), cos.to(device), sin.to(device))
+    ids_T = torch.cat([torch.as_tensor(i, dtype=torch.int64) for i in ids]) if len(ids) else torch.empty(0, dtype=torch.int64)
+    window_slots = _slots(group_tables["window"], owner, positions, cache.groups["window"].spec.block_rows)
+    kinds = {bool(m) for m in cache.ratios}
+    return Batch(
+        ids=ids_T.to(device),
+        cu_seqlens=torch.from_numpy(offsets.astype(np.int32)),
+        start_pos=torch.from_numpy(starts.astype(np.int32)),
+        positions=positions_T,
+        tables=group_tables,
+        window_slots=window_slots.to(device),
+        rope={k: tuple(t.to(device) for t in rope.rows(tables.by_kind[k], positions_T)) for k in kinds},  # type: ignore[misc]
+        entries=entries,
+    )
