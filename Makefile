@@ -41,7 +41,7 @@ $(READY): $(TORCH) setup.cfg pyproject.toml constraints-cpu.txt
 	@touch $@
 
 $(NANO)/model.safetensors.index.json: | $(READY)
-	$(BIN)/v4 checkpoint make --config nano --seed 0 --out $(NANO)
+	$(BIN)/v4 checkpoint make --config nano --seed 0 --overwrite --out $(NANO)
 
 demo: $(READY) $(NANO)/model.safetensors.index.json
 	@echo '$$ v4 generate --model $(NANO) --max-new-tokens $(TOKENS) --explain "$(PROMPT)"'

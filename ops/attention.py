@@ -1,13 +1,12 @@
-"""Core attention over paged rows: a sliding window plus compressed entries (all, or a chosen few), one softmax, one sink per head.
+"""Core attention over paged rows: a sliding window plus compressed entries (all or a chosen few), one softmax, a sink per head.
 
-Shapes: T tokens over B sequences, H heads, C head width (a row is key and value of every head), P cache rows per block, k choices per
-query, n rows of one query. SWA: window only; HCA: all completed entries; CSA: the entries in cmp_index.
+Shapes: T tokens over B sequences, H heads, C head width (a row is key and value of every head), P cache rows per block, k choices
+per query, n rows of one query. SWA: window only; HCA: all completed entries; CSA: the entries in cmp_index.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +71,13 @@ def _sparse_attention(
 ) -> Tensor:
     """o[h] = sum over rows of e_s * row_s / (sum of e_s + exp(sink[h])), e_s = exp(scale * <q[h], row_s>); fp32 inside.
 
-    The rows of the query at position p are the window rows of positions max(0, p - window + 1)..p and, with cmp_cache, the entries
-    cmp_index[t] (int32 [T, k], distinct, visible ones; -1 contributes nothing) or, without cmp_index, all entries
+    The rows of the query at position p are the window rows of positions max(0, p - window + 1)..p and, with cmp_cache, the
+    entries cmp_index[t] (int32 [T, k], distinct, visible ones; -1 contributes nothing) or, without cmp_index, all entries
     i < (p + 1) // ratio. The sink is in the denominator only and is not scaled.
 
-    q [T, H, C] float; caches [blocks, P, C] in q's type or uint8 packed FP8 rows (584 bytes for C = 512); tables int32 [B, blocks]
-    (window: row = position; cmp: row = entry); sink fp32 [H]; cu_seqlens int32 [B+1]; start_pos int32 [B]. The rows of this call
-    must be stored before. Returns [T, H, C] in q's type. ValueError for contradicting shapes or tables.
+    q [T, H, C] float; caches [blocks, P, C] in q's type or uint8 packed FP8 rows (584 bytes for C = 512); tables int32
+    [B, blocks] (window: row = position; cmp: row = entry); sink fp32 [H]; cu_seqlens int32 [B+1]; start_pos int32 [B]. The rows
+    of this call must be stored before. Returns [T, H, C] in q's type. ValueError for contradicting shapes or tables.
     Source: specification sections 4.2, 5 and 8.
     """
     out = torch.empty(q_THC.shape, dtype=compute, device=q_THC.device)
@@ -120,16 +119,17 @@ def _meta(
         raise ValueError(f"{_OP}: q is {q_THC.dtype} {tuple(q_THC.shape)}, expected [T, H, C] of a floating type")
     tokens, heads, _ = q_THC.shape
     if sink_H.dtype != torch.float32 or sink_H.shape != (heads,):
-        raise ValueError(f"{_OP}: sink is {sink_H.dtype} {tuple(sink_H.shape)}, expected torch.float32 ({heads},), one logit per head")
+        raise ValueError(f"{_OP}: sink is {sink_H.dtype} {tuple(sink_H.shape)}, expected torch.float32 ({heads},), one per head")
     if window < 1:
         raise ValueError(f"{_OP}: window is {window}, expected at least 1, the query itself")
     paged.check_batch(_OP, tokens, cu_seqlens, start_pos)
     counts = cu_seqlens.diff().tolist()
     places = list(zip(start_pos.tolist(), counts, strict=True))
-    paged.check_rows(_OP, "window", window_cache, window_table, [(max(s - window + 1, 0), s + n) if n else (0, 0) for s, n in places])
+    recent = [(max(s - window + 1, 0), s + n) if n else (0, 0) for s, n in places]
+    paged.check_rows(_OP, "window", window_cache, window_table, recent)
     _check_cache("window", q_THC, window_cache)
     if (cmp_cache is None) != (cmp_table is None) or (cmp_index is not None and cmp_cache is None):
-        raise ValueError(f"{_OP}: cmp_cache, cmp_table (and cmp_index) go together; pass cmp_cache with its cmp_table, or none of them")
+        raise ValueError(f"{_OP}: cmp_cache and cmp_table (and cmp_index) go together; pass cache and table, or none")
     if cmp_cache is not None and cmp_table is not None:
         if ratio < 1:
             raise ValueError(f"{_OP}: ratio is {ratio}, expected the tokens per compressed entry (4 or 128) with cmp_cache")

@@ -134,7 +134,7 @@ def _cache_insert(cache: Tensor, rows_RW: Tensor, slots: Tensor, *, compute: tor
     """cache[slot // P, slot % P] = row, for every slot >= 0; slot -1 is skipped.
 
     cache [blocks, P, W] (written); rows [R, W] of the cache's type; slots int64 [R], without duplicates among the valid ones.
-    Bitwise copy. ValueError for another width or type.
+    Bitwise copy. Source: specification 10.4 (one row per window token or compressed entry). ValueError for another width or type.
     """
     _write((cache,), (rows_RW,), slots)
 

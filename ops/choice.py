@@ -29,8 +29,9 @@ def _list_complaint(chosen: list[int], visible: int) -> str | None:
 def topk_complaint(index_Tk: Tensor, score_TN: Tensor, error_TN: Tensor, visible: Sequence[int], exact: bool) -> str | None:
     """Why `index_Tk` is no correct choice of the largest scores, or None.
 
-    Every list holds min(k, visible) distinct visible entries, then -1; the order is free. An entry left out must not beat a chosen
-    one by more than the errors of both. exact: scores carry no error, so that ties must go to the lowest index and the set is unique.
+    Every list holds min(k, visible) distinct visible entries, then -1; the order is free. An entry left out must not beat a
+    chosen one by more than the errors of both. exact: scores carry no error, so ties must go to the lowest index and the set is
+    unique.
     """
     for t, (chosen, v) in enumerate(zip(index_Tk.tolist(), visible, strict=True)):
         if complaint := _list_complaint(chosen, v):

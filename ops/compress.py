@@ -340,7 +340,8 @@ def _compress_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     ]
     for j, (name, lengths, starts, options) in enumerate(cases):
         args = _case(dtype, seed + j, lengths, starts, **options)
-        tags = ("overlap" if options.get("overlap", True) else "plain", "ragged" if len(lengths) > 1 else "single")
+        count = {0: "zero", 1: "one"}.get(sum(lengths), "odd" if sum(lengths) % 2 else "even")
+        tags = (count, "overlap" if options.get("overlap", True) else "plain", "ragged" if len(lengths) > 1 else "single")
         yield Sample(name, args, {"ratio": options.get("ratio", 4), "eps": 1e-6}, tags)
 
 

@@ -75,7 +75,15 @@ def _pre_meta(
     )
 
 
-_SHAPES = {"zero": (0, 4, 32), "one": (1, 4, 64), "odd": (5, 4, 23), "two": (3, 2, 16), "flash": (2, 4, 4096), "pro": (1, 4, 7168)}
+_SHAPES = {
+    "zero": (0, 4, 32),
+    "one": (1, 4, 64),
+    "odd": (5, 4, 23),
+    "two": (3, 2, 16),
+    "many": (300, 4, 8),
+    "flash": (2, 4, 4096),
+    "pro": (1, 4, 7168),
+}
 
 
 def _parameters(n: int, d: int, rows: int, scales: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +155,8 @@ hc_pre = Contract(
         2 * streams_TnD.shape[0] * fn.numel(),
         4 * streams_TnD.numel() + streams_TnD.shape[0] * streams_TnD.shape[1] ** 2 * (4 * iters + 4),
         tensors_bytes(streams_TnD, fn, scale, base),
-        tensors_bytes(streams_TnD) // streams_TnD.shape[1] + 4 * streams_TnD.shape[0] * (streams_TnD.shape[1] + 1) * streams_TnD.shape[1],
+        tensors_bytes(streams_TnD) // streams_TnD.shape[1]
+        + 4 * streams_TnD.shape[0] * (streams_TnD.shape[1] + 1) * streams_TnD.shape[1],
         "fp32",
     ),
 )
@@ -193,7 +202,10 @@ def _post_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
     yield WrongInput("bf16-post", (y, x, p.bfloat16(), c), {}, r"post is torch.bfloat16")
 
 
-def _post_bound(y_TD: Tensor, streams_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor, *, golden: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor]:
+def _post_bound(
+    y_TD: Tensor, streams_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor, *,
+    golden: tuple[Tensor, ...], found: tuple[Tensor, ...],
+) -> tuple[Tensor]:  # fmt: skip
     y, x = y_TD.double().abs(), streams_TnD.double().abs()
     total = post_Tn.double().abs()[:, :, None] * y[:, None] + comb_Tnn.double().abs().transpose(1, 2) @ x
     return (bounds.accumulate(x.shape[1] + 1, total),)
@@ -207,9 +219,12 @@ hc_post = Contract(
     errors=_post_errors,
     bound=_post_bound,
     cost=lambda y_TD, streams_TnD, post_Tn, comb_Tnn: Cost(
-        0, 2 * streams_TnD.numel() * (streams_TnD.shape[1] + 1), tensors_bytes(y_TD, streams_TnD, post_Tn, comb_Tnn),
-        tensors_bytes(streams_TnD), "fp32",
-    ),  # fmt: skip
+        0,
+        2 * streams_TnD.numel() * (streams_TnD.shape[1] + 1),
+        tensors_bytes(y_TD, streams_TnD, post_Tn, comb_Tnn),
+        tensors_bytes(streams_TnD),
+        "fp32",
+    ),
 )
 
 
@@ -242,8 +257,9 @@ def _head_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
 
 def _head_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
     x, kw = torch.zeros(2, 4, 8, dtype=dtype), {"norm_eps": 1e-6, "hc_eps": 1e-6}
-    yield WrongInput("fn", (x, torch.zeros(24, 32), torch.zeros(1), torch.zeros(4)), kw, r"fn is .*\(24, 32\), expected .*\(4, 32\)")
-    yield WrongInput("scale", (x, torch.zeros(4, 32), torch.zeros(3), torch.zeros(4)), kw, r"scale is .*\(3,\), expected .*\(1,\)")
+    fn, scale, base = torch.zeros(4, 32), torch.zeros(1), torch.zeros(4)
+    yield WrongInput("fn", (x, fn.repeat(6, 1), scale, base), kw, r"fn is .*\(24, 32\), expected .*\(4, 32\)")
+    yield WrongInput("scale", (x, fn, scale.repeat(3), base), kw, r"scale is .*\(3,\), expected .*\(1,\)")
 
 
 def _head_bound(
@@ -265,7 +281,10 @@ hc_head = Contract(
     errors=_head_errors,
     bound=_head_bound,
     cost=lambda streams_TnD, fn, scale, base, *, norm_eps, hc_eps: Cost(
-        2 * streams_TnD.shape[0] * fn.numel(), 4 * streams_TnD.numel(), tensors_bytes(streams_TnD, fn, scale, base),
-        tensors_bytes(streams_TnD) // streams_TnD.shape[1], "fp32",
-    ),  # fmt: skip
+        2 * streams_TnD.shape[0] * fn.numel(),
+        4 * streams_TnD.numel(),
+        tensors_bytes(streams_TnD, fn, scale, base),
+        tensors_bytes(streams_TnD) // streams_TnD.shape[1],
+        "fp32",
+    ),
 )

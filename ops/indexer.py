@@ -113,10 +113,11 @@ def _meta(
     d, width = q_THd.shape[2], key_cache.shape[2]
     if key_cache.dtype == torch.uint8:
         if not paged.is_packed_index(width, d):
-            raise ValueError(f"{op}: packed keys are {width} bytes, expected {d + 4} (FP8) or {d // 2 + d // 32} (FP4) for d = {d}")
+            raise ValueError(f"{op}: packed keys are {width} bytes, expected {d + 4} (FP8) or {d // 2 + d // 32} (FP4) for d={d}")
     elif key_cache.dtype != q_THd.dtype or width != d:
         raise ValueError(
-            f"{op}: key_cache is {key_cache.dtype} with {width} channels, expected {q_THd.dtype} (that of q) with {d}, or torch.uint8"
+            f"{op}: key_cache is {key_cache.dtype} with {width} channels, expected {q_THd.dtype} (that of q) with {d}, "
+            "or torch.uint8"
         )
     return torch.empty((q_THd.shape[0], topk), dtype=torch.int32, device="meta")
 
@@ -190,11 +191,12 @@ def _errors(dtype: torch.dtype) -> Iterator[WrongInput]:
     yield change("w-type", 1, args[1].double(), r"w is torch.float64")
     yield change("key-width", 2, args[2][..., :16], r"with 16 channels, expected .* with 32")
     yield change("key-type", 2, args[2].to(torch.float16), r"key_cache is torch.float16")
-    yield change("packed-width", 2, torch.zeros(9, 4, 40, dtype=torch.uint8), r"packed keys are 40 bytes, expected 36 \(FP8\) or 17 \(FP4\)")
+    wrong = torch.zeros(9, 4, 40, dtype=torch.uint8)
+    yield change("packed-width", 2, wrong, r"packed keys are 40 bytes, expected 36 \(FP8\) or 17 \(FP4\)")
     yield change("table-type", 3, args[3].long(), r"key table is torch.int64")
     yield change("table-short", 3, args[3][:, :1], r"key table has 1 blocks per sequence, sequence 0 needs 2 for row 4")
     yield change("not-stored", 3, torch.zeros_like(args[3]), r"names blocks 0\.\.0 for rows 0\.\.4, expected 1\.\.")
-    yield change("cu-end", 4, args[4] + 0 * args[4] + torch.tensor([0, 0, 1], dtype=torch.int32), r"rising from 0 to 3")
+    yield change("cu-end", 4, args[4] + torch.tensor([0, 0, 1], dtype=torch.int32), r"rising from 0 to 3")
     yield change("start-shape", 5, args[5][:1], r"start_pos is torch.int32 \(1,\), expected torch.int32 \(2,\)")
     yield change("start-negative", 5, args[5] - 21, r"start_pos has -12, expected positions from 0")
     yield change("topk", 5, args[5], r"ratio 4, topk 0; expected both to be positive", topk=0)

@@ -1,6 +1,6 @@
-"""Linear layers over weights as stored: plain, FP8 in 128 x 128 blocks, FP4 in groups of 32, INT8 per channel; grouped output.
+"""Linear layers over stored weights: FP8 in 128 x 128 blocks, FP4 in groups of 32, INT8 per channel (plain: linear_dense.py).
 
-Shapes: x [T, K], weight [N, K], G groups. y = x @ weight.T; there are no biases in the model.
+Shapes: x [T, K], weight [N, K]. y = x @ weight.T; there are no biases in the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ops import bounds
-from ops.contract import Contract, Cost, Sample, WrongInput, tensors_bytes
+from ops.contract import Contract, Sample, WrongInput
+from ops.linear_dense import FLOATS, dense_inputs, grouped_linear, linear, out_type, product_cost, sum_bound
 from ops.quant import (
     block_weight,
     dequant_fp8,
@@ -24,103 +25,20 @@ from ops.quant import (
     quant_int8,
 )
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SIZES = {"zero": (0, 64, 128), "one": (1, 48, 256), "odd": (3, 40, 160), "many": (33, 136, 128), "flash": (2, 512, 4096), "pro": (1, 256, 7168)}
-
-
-def out_type(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
-    """The result's type: as asked, else the activation's, else bf16 for quantised activations."""
-    return out_dtype or (x.dtype if x.dtype in _FLOATS else torch.bfloat16)
-
-
-def _linear(
-    x: Tensor, weight_NK: Tensor, *, out_dtype: torch.dtype | None = None, compute: torch.dtype = torch.float32
-) -> Tensor:
-    """y = x @ weight.T, products of the stored values accumulated in fp32, one rounding to `out_dtype` (default: x's type).
-
-    x [..., K] float; weight [N, K] float, also of another type than x. Returns [..., N]. Source: specification section 2.2.
-    ValueError for differing K or integer types.
-    """
-    return x.to(compute) @ weight_NK.to(compute).T
-
-
-def _check_plain(op: str, x: Tensor, weight: Tensor) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{op}: {name} is {tensor.dtype}, expected float32, bfloat16 or float16")
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: x is {tuple(x.shape)}, weight {tuple(weight.shape)}; expected [..., K] and [N, K] with equal K")
-
-
-def _linear_meta(x: Tensor, weight_NK: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
-    _check_plain("linear", x, weight_NK)
-    return torch.empty(*x.shape[:-1], weight_NK.shape[0], dtype=out_type(x, out_dtype), device="meta")
-
-
-def _weights(dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Tensor, torch.Generator, int, int, tuple[str, ...]]]:
-    g = torch.Generator().manual_seed(seed)
-    for name, (t, n, k) in _SIZES.items():
-        for tag, size in (("unit", 1.0), ("tiny", 2e-3)):
-            yield f"{name}-{tag}", (torch.randn(t, k, generator=g) * size).to(dtype), g, n, k, (name, tag)
-    x = torch.randn(4, 128, generator=g)
-    x[:, ::31] *= 200
-    yield "outliers", x.to(dtype), g, 64, 128, ("outliers",)
-    yield "constant", torch.ones(2, 128).to(dtype), g, 64, 128, ("constant",)
-
-
-def _linear_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
-    for name, x, g, n, k, tags in _weights(dtype, seed):
-        w = torch.randn(n, k, generator=g) * k**-0.5
-        yield Sample(name, (x, w.to(dtype)), {}, tags)
-        yield Sample(f"{name}-fp32-out", (x, w.to(dtype)), {"out_dtype": torch.float32}, tags)
-    yield Sample("mixed", (x, w), {}, ("mixed",))
-    yield Sample("three-dimensions", (x.view(2, -1, x.shape[-1]), w.to(dtype)), {}, ("mixed",))
-
-
-def _linear_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
-    x, w = torch.zeros(2, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype)
-    yield WrongInput("width", (x, w[:, :4]), {}, r"x is \(2, 8\), weight \(3, 4\); expected \[\.\.\., K\]")
-    yield WrongInput("codes", (x, w.to(torch.int8)), {}, r"weight is torch.int8, expected float32")
-
-
-def _sum_bound(x: Tensor, w_NK: Tensor, terms: int) -> Tensor:
-    return bounds.accumulate(terms, x.double().abs() @ w_NK.double().abs().T)
-
-
-def _rate(*tensors: Tensor) -> str:
-    return "fp32" if any(t.dtype == torch.float32 for t in tensors) else "bf16"
-
-
-def _product_cost(x: Tensor, n: int, k: int, out_dtype: torch.dtype, rate: str, *read: Tensor | None) -> Cost:
-    t = x.numel() // max(x.shape[-1], 1)
-    return Cost(2 * t * n * k, 0, tensors_bytes(x, *read), t * n * out_dtype.itemsize, rate)
-
-
-linear = Contract(
-    name="linear",
-    reference=_linear,
-    meta=_linear_meta,
-    samples=_linear_samples,
-    errors=_linear_errors,
-    bound=lambda x, weight_NK, *, out_dtype=None, golden, found: (_sum_bound(x, weight_NK, x.shape[-1]),),
-    cost=lambda x, weight_NK, *, out_dtype=None: _product_cost(
-        x, *weight_NK.shape, out_type(x, out_dtype), _rate(x, weight_NK), weight_NK
-    ),
-)
+__all__ = ["fp4_weight", "grouped_linear", "linear", "linear_fp4", "linear_fp8", "linear_int8", "out_type"]
 
 
 def _check_fp8_input(op: str, x: Tensor, x_scale: Tensor | None, k: int) -> None:
     if x.dim() != 2 or x.shape[1] != k:
         raise ValueError(f"{op}: x is {tuple(x.shape)}, expected [T, {k}] for this weight")
     if x_scale is None:
-        if x.dtype not in _FLOATS:
+        if x.dtype not in FLOATS:
             raise ValueError(f"{op}: x is {x.dtype} without x_scale; pass the scales, or float activations")
         return
     expected = (x.shape[0], -(-k // 128))
     if x.dtype != torch.float8_e4m3fn or x_scale.dtype != torch.float8_e8m0fnu or tuple(x_scale.shape) != expected:
-        raise ValueError(
-            f"{op}: x is {x.dtype} with x_scale {x_scale.dtype} {tuple(x_scale.shape)}; expected float8_e4m3fn with float8_e8m0fnu {expected}"
-        )
+        found = f"x is {x.dtype} with x_scale {x_scale.dtype} {tuple(x_scale.shape)}"
+        raise ValueError(f"{op}: {found}; expected float8_e4m3fn with float8_e8m0fnu {expected}")
 
 
 def _fp8_input(x: Tensor, x_scale: Tensor | None, compute: torch.dtype) -> Tensor:
@@ -150,7 +68,7 @@ def _fp8_meta(
 
 def _quantised_samples(make: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]], multiple: int) -> Any:
     def samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
-        for name, x, g, n, k, tags in _weights(dtype, seed):
+        for name, x, g, n, k, tags in dense_inputs(dtype, seed):
             if k % multiple:
                 continue
             w = make(n, k, g)
@@ -172,9 +90,9 @@ def _fp8_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
 
 
 def _dequantised_bound(x: Tensor, w_NK: Tensor, x_scale: Tensor | None) -> tuple[Tensor]:
-    # float weights times float activations: the weight may be rounded to the activation's type before the product
+    # every dequantised weight and activation code is exact in fp32 and in bf16: only the sum errs
     xd = _fp8_input(x, x_scale, torch.float64)
-    return (_sum_bound(xd, w_NK, xd.shape[1]),)
+    return (sum_bound(xd, w_NK, xd.shape[1]),)
 
 
 linear_fp8 = Contract(
@@ -186,8 +104,8 @@ linear_fp8 = Contract(
     bound=lambda x, weight_NK, scale, *, x_scale=None, out_dtype=None, golden, found: _dequantised_bound(
         x, dequant_fp8_block.reference(weight_NK, scale, dtype=torch.float64, compute=torch.float64), x_scale
     ),
-    cost=lambda x, weight_NK, scale, *, x_scale=None, out_dtype=None: _product_cost(
-        x, *weight_NK.shape, out_type(x, out_dtype), "fp8", weight_NK, scale, x_scale
+    cost=lambda x, weight_NK, scale, *, x_scale=None, out_dtype=None: product_cost(
+        x, weight_NK.shape[0], weight_NK.shape[1], out_type(x, out_dtype), "fp8", weight_NK, scale, x_scale
     ),
 )
 
@@ -235,7 +153,7 @@ linear_fp4 = Contract(
     bound=lambda x, weight, scale, *, x_scale=None, out_dtype=None, golden, found: _dequantised_bound(
         x, dequant_mxfp4.reference(weight, scale, dtype=torch.float64, compute=torch.float64), x_scale
     ),
-    cost=lambda x, weight, scale, *, x_scale=None, out_dtype=None: _product_cost(
+    cost=lambda x, weight, scale, *, x_scale=None, out_dtype=None: product_cost(
         x, weight.shape[0], 2 * weight.shape[1], out_type(x, out_dtype), "fp8", weight, scale, x_scale
     ),
 )
@@ -260,7 +178,7 @@ def _int8_meta(
     dequant_int8.meta(weight_NK, scale, dtype=torch.float32)
     if x.dim() != 2 or x.shape[1] != weight_NK.shape[1]:
         raise ValueError(f"linear_int8: x is {tuple(x.shape)}, expected [T, {weight_NK.shape[1]}] for this weight")
-    if x_scale is None and x.dtype not in _FLOATS:
+    if x_scale is None and x.dtype not in FLOATS:
         raise ValueError(f"linear_int8: x is {x.dtype} without x_scale; pass the scales, or float activations")
     if x_scale is not None:
         dequant_int8.meta(x, x_scale, dtype=torch.float32)
@@ -268,7 +186,7 @@ def _int8_meta(
 
 
 def _int8_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
-    for name, x, g, n, k, tags in _weights(dtype, seed):
+    for name, x, g, n, k, tags in dense_inputs(dtype, seed):
         w = quant_int8.reference(torch.randn(n, k, generator=g) * k**-0.5)
         yield Sample(f"{name}-weight-only", (x, *w), {}, tags)
         q, s = quant_int8.reference(x)
@@ -279,7 +197,8 @@ def _int8_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
     w, s = quant_int8.reference(torch.ones(8, 64))
     yield WrongInput("no-scale", (w[:2], w, s), {}, r"x is torch.int8 without x_scale")
     yield WrongInput("width", (torch.ones(2, 32, dtype=dtype), w, s), {}, r"x is \(2, 32\), expected \[T, 64\]")
-    yield WrongInput("scale", (torch.ones(2, 64, dtype=dtype), w, s[:4]), {}, r"scale is torch.float32 \(4,\), expected float32 \(8,\)")
+    short = (torch.ones(2, 64, dtype=dtype), w, s[:4])
+    yield WrongInput("scale", short, {}, r"scale is torch.float32 \(4,\), expected float32 \(8,\)")
 
 
 def _int8_bound(
@@ -289,7 +208,7 @@ def _int8_bound(
     xd = x.double() if x_scale is None else x.double() * x_scale.double()[:, None]
     # scales are arbitrary fp32 numbers: dequantised operands carry a rounding each
     w = weight_NK.double() * scale.double()[:, None]
-    return (_sum_bound(xd, w, xd.shape[1]) + 4 * bounds.roundoff(torch.float32) * (xd.abs() @ w.abs().T),)
+    return (sum_bound(xd, w, xd.shape[1]) + 4 * bounds.roundoff(torch.float32) * (xd.abs() @ w.abs().T),)
 
 
 linear_int8 = Contract(
@@ -299,61 +218,7 @@ linear_int8 = Contract(
     samples=_int8_samples,
     errors=_int8_errors,
     bound=_int8_bound,
-    cost=lambda x, weight_NK, scale, *, x_scale=None, out_dtype=None: _product_cost(
-        x, *weight_NK.shape, out_type(x, out_dtype), "int8", weight_NK, scale, x_scale
+    cost=lambda x, weight_NK, scale, *, x_scale=None, out_dtype=None: product_cost(
+        x, weight_NK.shape[0], weight_NK.shape[1], out_type(x, out_dtype), "int8", weight_NK, scale, x_scale
     ),
-)
-
-
-def _grouped_linear(x_TGK: Tensor, weight_GNK: Tensor, *, compute: torch.dtype = torch.float32) -> Tensor:
-    """y[t, g] = weight[g] @ x[t, g]: the per-group half of the output projection, fp32 accumulation, one rounding.
-
-    x [T, G, K] float; weight [G, N, K] float. Returns [T, G, N] in x's type. Source: specification section 4.2. ValueError for
-    other shapes or integer types.
-    """
-    return torch.einsum("tgk,gnk->tgn", x_TGK.to(compute), weight_GNK.to(compute))
-
-
-def _grouped_meta(x_TGK: Tensor, weight_GNK: Tensor) -> Tensor:
-    if x_TGK.dim() != 3 or weight_GNK.dim() != 3 or x_TGK.shape[1] != weight_GNK.shape[0] or x_TGK.shape[2] != weight_GNK.shape[2]:
-        raise ValueError(
-            f"grouped_linear: x is {tuple(x_TGK.shape)}, weight {tuple(weight_GNK.shape)}; expected [T, G, K] and [G, N, K]"
-        )
-    for name, tensor in (("x", x_TGK), ("weight", weight_GNK)):
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"grouped_linear: {name} is {tensor.dtype}, expected float32, bfloat16 or float16")
-    return torch.empty(x_TGK.shape[0], *weight_GNK.shape[:2], dtype=x_TGK.dtype, device="meta")
-
-
-def _grouped_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
-    g = torch.Generator().manual_seed(seed)
-    sizes = {"zero": (0, 2, 16, 32), "one": (1, 4, 24, 64), "odd": (5, 3, 7, 33), "flash": (2, 2, 64, 4096)}
-    for name, (t, groups, n, k) in sizes.items():
-        for tag, size in (("unit", 1.0), ("tiny", 2e-3), ("huge", 1e3)):
-            x = torch.randn(t, groups, k, generator=g) * size
-            w = torch.randn(groups, n, k, generator=g) * k**-0.5
-            yield Sample(f"{name}-{tag}", (x.to(dtype), w.to(dtype)), {}, (name, tag))
-
-
-def _grouped_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
-    x, w = torch.zeros(2, 2, 8, dtype=dtype), torch.zeros(2, 4, 8, dtype=dtype)
-    yield WrongInput("groups", (x[:, :1], w), {}, r"x is \(2, 1, 8\), weight \(2, 4, 8\)")
-    yield WrongInput("codes", (x, w.to(torch.int8)), {}, r"weight is torch.int8")
-
-
-grouped_linear = Contract(
-    name="grouped_linear",
-    reference=_grouped_linear,
-    meta=_grouped_meta,
-    samples=_grouped_samples,
-    errors=_grouped_errors,
-    bound=lambda x_TGK, weight_GNK, *, golden, found: (
-        bounds.accumulate(
-            x_TGK.shape[2], torch.einsum("tgk,gnk->tgn", x_TGK.double().abs(), weight_GNK.double().abs())
-        ),
-    ),
-    cost=lambda x_TGK, weight_GNK: Cost(
-        2 * x_TGK.shape[0] * weight_GNK.numel(), 0, tensors_bytes(x_TGK, weight_GNK),
-        x_TGK.shape[0] * weight_GNK.shape[0] * weight_GNK.shape[1] * x_TGK.element_size(), _rate(x_TGK, weight_GNK),
-    ),  # fmt: skip
 )

@@ -24,6 +24,13 @@ def _inputs(dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Tensor, Tensor
             x = (torch.randn(shape, generator=g) * scale).to(dtype)
             w = (1 + 0.3 * torch.randn(shape[-1], generator=g)).to(dtype)
             yield f"{shape_name}-{scale_name}", x, w, (shape_name, scale_name)
+    w = 1 + 0.3 * torch.randn(96, generator=g)
+    outliers = torch.randn(3, 96, generator=g)
+    outliers[:, ::17] *= 300
+    yield "outliers", outliers.to(dtype), w.to(dtype), ("outliers",)
+    yield "constant", torch.full((2, 96), 0.75).to(dtype), w.to(dtype), ("constant",)
+    yield "zeros", torch.zeros(2, 96, dtype=dtype), w.to(dtype), ("constant",)
+    yield "fp32-weight", torch.randn(3, 96, generator=g).to(dtype), w, ("mixed",)
 
 
 def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
@@ -98,7 +105,7 @@ def _unit_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
 
 
 def _unit_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
-    yield WrongInput("integer", (torch.zeros(2, 8, dtype=torch.int32),), {"eps": 1e-6}, r"x is torch.int32, expected a floating type")
+    yield WrongInput("integer", (torch.zeros(2, 8, dtype=torch.int32),), {"eps": 1e-6}, r"x is torch.int32, expected a float")
     yield WrongInput("vector", (torch.zeros(8, dtype=dtype),), {"eps": 1e-6}, r"x has shape \(8,\), expected \[\.\.\., D\]")
 
 

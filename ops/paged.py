@@ -79,27 +79,36 @@ def check_batch(op: str, count: int, cu_seqlens: Tensor, start_pos: Tensor) -> N
 
 
 def check_rows(op: str, name: str, cache: Tensor, table: Tensor, needed: Sequence[tuple[int, int]]) -> None:
-    """ValueError unless `table` int32 [B, blocks] names a stored block of `cache` [blocks, P, W] for each sequence's rows [first, end)."""
+    """ValueError unless `table` int32 [B, blocks] names stored blocks of `cache` for every needed (first, end) of rows."""
     if cache.dim() != 3 or not cache.shape[1]:
         raise ValueError(f"{op}: {name} cache has shape {tuple(cache.shape)}, expected [blocks, P, W]")
     if table.dim() != 2 or table.dtype != torch.int32 or table.shape[0] != len(needed):
-        raise ValueError(f"{op}: {name} table is {table.dtype} {tuple(table.shape)}, expected torch.int32 ({len(needed)}, blocks)")
+        found = f"{table.dtype} {tuple(table.shape)}"
+        raise ValueError(f"{op}: {name} table is {found}, expected torch.int32 ({len(needed)}, blocks)")
     for b, (first, end) in enumerate(needed):
         if first >= end:
             continue
         low, high = first // cache.shape[1], (end - 1) // cache.shape[1] + 1
         if high > table.shape[1]:
-            raise ValueError(f"{op}: {name} table has {table.shape[1]} blocks per sequence, sequence {b} needs {high} for row {end - 1}")
-        used = table[b, low:high]
-        if int(used.min()) < 1 or int(used.max()) >= cache.shape[0]:
             raise ValueError(
-                f"{op}: {name} table of sequence {b} names blocks {int(used.min())}..{int(used.max())} for rows {first}..{end - 1}, "
+                f"{op}: {name} table has {table.shape[1]} blocks per sequence, sequence {b} needs {high} for row {end - 1}"
+            )
+        least, most = (int(i) for i in table[b, low:high].aminmax())
+        if least < 1 or most >= cache.shape[0]:
+            raise ValueError(
+                f"{op}: {name} table of sequence {b} names blocks {least}..{most} for rows {first}..{end - 1}, "
                 f"expected 1..{cache.shape[0] - 1} (0 means not stored)"
             )
 
 
 def paged(
-    rows_of: Sequence[Tensor], block_rows: int, g: torch.Generator, *, layout: str = "plain", rope_dim: int = 64, ordered: bool = False
+    rows_of: Sequence[Tensor],
+    block_rows: int,
+    g: torch.Generator,
+    *,
+    layout: str = "plain",
+    rope_dim: int = 64,
+    ordered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A sample cache holding rows_of[b] [n_b, W] as logical rows 0.. of sequence b, and its table.
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops import bounds
 from ops.contract import Contract, Cost, Sample, WrongInput, tensors_bytes
 
 FP8_MAX = 448.0
@@ -107,7 +106,8 @@ def value_errors(op: str, **kwargs: Any) -> Any:
     """Wrong inputs common to the quantisers."""
 
     def errors(dtype: torch.dtype) -> Iterator[WrongInput]:
-        yield WrongInput("integer", (torch.zeros(2, 64, dtype=torch.int32),), kwargs, rf"{op}: x is torch.int32, expected float32")
+        integers = torch.zeros(2, 64, dtype=torch.int32)
+        yield WrongInput("integer", (integers,), kwargs, rf"{op}: x is torch.int32, expected float32")
 
     return errors
 
@@ -125,7 +125,9 @@ quant_fp8 = Contract(
 )
 
 
-def _dequant_fp8(q: Tensor, scale: Tensor, *, group: int = 128, dtype: torch.dtype, compute: torch.dtype = torch.float32) -> Tensor:
+def _dequant_fp8(
+    q: Tensor, scale: Tensor, *, group: int = 128, dtype: torch.dtype, compute: torch.dtype = torch.float32
+) -> Tensor:
     """q * 2^(scale byte - 127) per group of channels, one rounding to `dtype`.
 
     q float8_e4m3fn [T, K]; scale float8_e8m0fnu [T, ceil(K/group)]. Returns [T, K] in `dtype`. Source: specification
@@ -183,7 +185,8 @@ def _block_meta(w_NK: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"dequant_fp8_block: w is {w_NK.dtype}, scale {scale.dtype}; expected float8_e4m3fn and float8_e8m0fnu")
     expected = tuple(-(-n // 128) for n in w_NK.shape)
     if w_NK.dim() != 2 or tuple(scale.shape) != expected:
-        raise ValueError(f"dequant_fp8_block: w is {tuple(w_NK.shape)}, scale {tuple(scale.shape)}; expected a scale of {expected}")
+        found = f"w is {tuple(w_NK.shape)}, scale {tuple(scale.shape)}"
+        raise ValueError(f"dequant_fp8_block: {found}; expected a scale of {expected}")
     return torch.empty(w_NK.shape, dtype=dtype, device="meta")
 
 
@@ -291,5 +294,5 @@ from ops.quant_fp4 import (  # noqa: E402  - the FP4 half builds on this file
     roundtrip_fp4,
 )
 
-__all__ = ["dequant_fp8", "dequant_fp8_block", "dequant_int8", "dequant_mxfp4", "hadamard", "quant_fp8", "quant_int8", "quant_mxfp4"]
-__all__ += ["quant_mxfp8", "roundtrip_fp4", "roundtrip_fp8"]
+__all__ = ["dequant_fp8", "dequant_fp8_block", "dequant_int8", "dequant_mxfp4", "hadamard", "quant_fp8", "quant_int8"]
+__all__ += ["quant_mxfp4", "quant_mxfp8", "roundtrip_fp4", "roundtrip_fp8"]

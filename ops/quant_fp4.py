@@ -95,7 +95,8 @@ def _dequant_mxfp4(q: Tensor, scale: Tensor, *, dtype: torch.dtype, compute: tor
 
 def _demx_meta(q: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     if q.dtype != torch.uint8 or scale.dtype != torch.float8_e8m0fnu:
-        raise ValueError(f"dequant_mxfp4: q is {q.dtype}, scale {scale.dtype}; expected uint8 (view int8 codes) and float8_e8m0fnu")
+        found = f"q is {q.dtype}, scale {scale.dtype}"
+        raise ValueError(f"dequant_mxfp4: {found}; expected uint8 (view int8 codes) and float8_e8m0fnu")
     expected = (*q.shape[:-1], q.shape[-1] // 16)
     if q.shape[-1] % 16 or tuple(scale.shape) != expected:
         raise ValueError(f"dequant_mxfp4: q is {tuple(q.shape)}, scale {tuple(scale.shape)}; expected a scale of {expected}")

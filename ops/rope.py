@@ -40,7 +40,8 @@ def _check(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     if cos.dim() != 2 or cos.shape[0] != x.shape[0] or 2 * cos.shape[1] > x.shape[-1]:
         raise ValueError(f"{op}: cos has shape {tuple(cos.shape)}, expected ({x.shape[0]}, R2) with 2*R2 <= {x.shape[-1]}")
     if sin.shape != cos.shape or {cos.dtype, sin.dtype} != {torch.float32}:
-        raise ValueError(f"{op}: cos is {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}; expected equal shapes in fp32")
+        found = f"cos is {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}"
+        raise ValueError(f"{op}: {found}; expected equal shapes in fp32")
 
 
 def _meta(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, inverse: bool = False) -> Tensor:
@@ -48,7 +49,15 @@ def _meta(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, inverse: bool = False)
     return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
-_SHAPES = {"zero": ((0, 64), 8), "one": ((1, 512), 32), "odd": ((5, 3, 23), 4), "heads": ((3, 4, 128), 32), "all": ((4, 16), 8), "flash": ((2, 64, 512), 32)}
+_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
+    "zero": ((0, 64), 8),
+    "one": ((1, 512), 32),
+    "odd": ((5, 3, 23), 4),
+    "heads": ((3, 4, 128), 32),
+    "all": ((4, 16), 8),
+    "none": ((2, 6), 0),
+    "flash": ((2, 64, 512), 32),
+}
 _SCALES = {"unit": 1.0, "tiny": 2e-3, "huge": 1e4}
 
 
@@ -152,7 +161,11 @@ q_norm_rope = Contract(
     errors=_q_errors,
     bound=_q_bound,
     cost=lambda q_THC, cos_TR2, sin_TR2, *, eps: Cost(
-        0, 4 * q_THC.numel() + 6 * cos_TR2.numel() * q_THC.shape[1], tensors_bytes(q_THC, cos_TR2, sin_TR2), tensors_bytes(q_THC), "fp32"
+        0,
+        4 * q_THC.numel() + 6 * cos_TR2.numel() * q_THC.shape[1],
+        tensors_bytes(q_THC, cos_TR2, sin_TR2),
+        tensors_bytes(q_THC),
+        "fp32",
     ),
     compose=_compose,
     parts=("unit_rms_norm", "rope"),

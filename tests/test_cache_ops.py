@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import backends.cpu.cache  # noqa: F401  (registers the implementations)
-import backends.cpu.quant  # noqa: F401
 from ops import cache as ops_cache
 from ops.cache import cache_insert, cache_insert_fp8, index_insert_fp4, index_insert_fp8, unpack_fp8_rows, unpack_index_rows
 from ops.contract import Contract

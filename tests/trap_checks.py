@@ -1,7 +1,7 @@
 """Checks that notice the specification's ten traps; each returns its error in units of what it allows.
 
 Golden values come from transformers where it covers the mechanism, and from formulas written out of the specification where
-it does not. """
+it does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 import v4
-from tests import oracle, spec_formulas, tiny
+from tests import clear, oracle, spec_formulas, tiny
 
 NAME = "flash"
 
@@ -34,14 +34,18 @@ def tensors() -> dict[str, Tensor]:
     return oracle.read_checkpoint(tiny.checkpoint(NAME))
 
 
+def ids() -> list[int]:
+    return list(clear.prompts(NAME)[0])
+
+
 @functools.cache
 def golden_logits() -> Tensor:
-    return oracle.hf_logits(peer(), tiny.tokens())
+    return oracle.hf_logits(peer(), ids())
 
 
 @functools.cache
 def golden_mtp() -> Tensor:
-    return oracle.hf_mtp_logits(tiny.checkpoint(NAME), peer(), tiny.tokens())
+    return oracle.hf_mtp_logits(tiny.checkpoint(NAME), peer(), ids())
 
 
 def frequencies() -> Tensor:
@@ -73,20 +77,20 @@ def record(m: v4.LoadedModel, op: str) -> tuple[list[tuple[tuple[Any, ...], dict
 
 
 def logits_equal_transformers() -> float:
-    return distance(model().logits(tiny.tokens()), golden_logits()) / 2e-5
+    return distance(model().logits(ids()), golden_logits()) / 2e-5
 
 
 def freshly_loaded_logits_equal_transformers() -> float:
     fresh = v4.load(tiny.checkpoint(NAME), backend="cpu", dtype=torch.float32, numerics="exact")
-    return distance(fresh.logits(tiny.tokens()), golden_logits()) / 2e-5
+    return distance(fresh.logits(ids()), golden_logits()) / 2e-5
 
 
 def mtp_logits_equal_transformers() -> float:
-    m, ids = model(), tiny.tokens()
-    session = m.runner.session(max_tokens=len(ids), max_chunk=len(ids), drafts=True)
+    m, prompt = model(), ids()
+    session = m.runner.session(max_tokens=len(prompt), max_chunk=len(prompt), drafts=True)
     assert session.draft_cache is not None
-    streams = m.runner.forward(session.cache, [session.cache.new_sequence()], [ids])
-    drafted = m.runner.draft(session.draft_cache, session.draft_cache.new_sequence(), ids[1:], streams[:-1])
+    streams = m.runner.forward(session.cache, [session.cache.new_sequence()], [prompt])
+    drafted = m.runner.draft(session.draft_cache, session.draft_cache.new_sequence(), prompt[1:], streams[:-1])
     return distance(m.runner.draft_logits(drafted), golden_mtp()) / 2e-5
 
 
@@ -114,16 +118,13 @@ def indexer_follows_the_formula() -> float:
     """Queries, keys and choices of a CSA layer under numerics="reference": Hadamard and FP4 on both sides, -1 where nothing
     is left."""
     m = model("reference")
-    layer, prefix = next(
-        (module.attn.indexer, f"layers.{i}.attn.indexer.")
-        for i, module in enumerate(m.runner.model.layers)
-        if module.attn.ratio == 4
-    )
+    number = m.runner.model.ratios.index(4)
+    layer, prefix = m.runner.model.get_submodule(f"layers.{number}.attn.indexer"), f"layers.{number}.attn.indexer."
     inputs: list[tuple[Any, ...]] = []
     handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args))
     calls, patch = record(m, "index_topk")
     try:
-        m.logits(tiny.tokens())
+        m.logits(ids())
     finally:
         handle.remove()
         patch.undo()
@@ -132,13 +133,13 @@ def indexer_follows_the_formula() -> float:
         per_group = oracle.decode_e8m0(qr.scales).repeat_interleave(128, -1)
         qr = oracle.decode_e4m3(qr.values) * per_group[:, : qr.values.shape[-1]]
     (q_THd, w_TH, cache, table, *_), keywords, chosen_TK = calls[0]
-    t, own = tensors(), {n[len(prefix) :]: x for n, x in tensors().items() if n.startswith(prefix)}
-    assert prefix + "wq_b.weight" in t
+    own = {n[len(prefix) :]: x for n, x in tensors().items() if n.startswith(prefix)}
     positions = torch.arange(len(x_TD))
     q = (qr @ own["wq_b.weight"].T).view(q_THd.shape)
     golden_q = spec_formulas.fp4(spec_formulas.hadamard(spec_formulas.rope(q, positions, frequencies())))
     names = ("compressor.wkv.weight", "compressor.wgate.weight", "compressor.ape", "compressor.norm.weight")
-    keys = spec_formulas.csa_entries(x_TD, *(own[n] for n in names), frequencies())
+    wkv, wgate, ape, norm = (own[n] for n in names)
+    keys = spec_formulas.csa_entries(x_TD, wkv, wgate, ape, norm, frequencies())
     golden_keys = spec_formulas.fp4(spec_formulas.hadamard(keys))
     rows = torch.arange(len(keys))
     found_keys = cache[table[0].long()[rows // cache.shape[1]], rows % cache.shape[1]]
@@ -162,7 +163,7 @@ def experts_follow_the_formula() -> float:
     number = len(m.runner.model.layers) - 1
     calls, patch = record(m, "grouped_experts_fp4")
     try:
-        m.logits(tiny.tokens())
+        m.logits(ids())
     finally:
         patch.undo()
     (rows_AD, weight_A, counts_E, *_), keywords, found_AD = calls[number]

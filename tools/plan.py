@@ -21,7 +21,7 @@ GIB = 2**30
 def communication(config: Config) -> dict[str, float]:
     """Arithmetic and traffic of one (token, expert) pair under expert parallelism: FP8 rows out, BF16 rows back.
 
-    Communication hides behind computation while the machine's FLOP/s divided by its interconnect's bytes/s stays below `flop_per_byte`.
+    Communication hides behind computation while FLOP/s divided by the interconnect's bytes/s stays below `flop_per_byte`.
     """
     d, i = config.hidden_size, config.moe_intermediate_size
 
@@ -31,7 +31,8 @@ def communication(config: Config) -> dict[str, float]:
     row = empty(1, d, dtype=torch.bfloat16)
     s13, s2 = empty(1, 2 * i, d // 32, dtype=torch.float8_e8m0fnu), empty(1, d, i // 32, dtype=torch.float8_e8m0fnu)
     weight, counts = empty(1, dtype=torch.float32), torch.ones(1, dtype=torch.int64)
-    cost = grouped_experts_fp4.cost(row, weight, counts, empty(1, 2 * i, d // 2), s13, empty(1, d, i // 2), s2, limit=config.swiglu_limit)
+    w13, w2 = empty(1, 2 * i, d // 2), empty(1, d, i // 2)
+    cost = grouped_experts_fp4.cost(row, weight, counts, w13, s13, w2, s2, limit=config.swiglu_limit)
     moved = d * torch.float8_e4m3fn.itemsize + d * torch.bfloat16.itemsize
     return {"flop_per_pair": cost.matmul_flops, "bytes_per_pair": moved, "flop_per_byte": cost.matmul_flops / moved}
 
@@ -87,13 +88,14 @@ _MEANING = {
 def text(r: dict[str, Any]) -> str:
     """The report for people."""
     raw, other = r["flops_per_token"]["raw"], r["v32"]["flops_per_token"]["raw"]
-    pair = r["communication"]
+    pair, largest = r["communication"], max(r["weight_bytes_per_rank"])
+    others = f"V3.2 {r['v32']['cache_bytes_per_token']:,.0f} B: {r['cache_vs_v32']:.1%}"
     lines = [
         f"{r['config']} at {r['context']:,} tokens of context, {r['ranks']} rank(s)",
         "",
         f"parameters            {r['parameters'] / 1e9:12,.2f} B",
-        f"weights               {r['weight_bytes'] / 1e9:12,.2f} GB   largest rank {max(r['weight_bytes_per_rank']) / 1e9:,.2f} GB",
-        f"cache per token       {r['cache_bytes_per_token']:12,.0f} B    V3.2 {r['v32']['cache_bytes_per_token']:,.0f} B: {r['cache_vs_v32']:.1%}",
+        f"weights               {r['weight_bytes'] / 1e9:12,.2f} GB   largest rank {largest / 1e9:,.2f} GB",
+        f"cache per token       {r['cache_bytes_per_token']:12,.0f} B    {others}",
         f"cache of one sequence {r['cache_bytes'] / 1e9:12,.2f} GB   with window rows and compressor state, whole on every rank",
         f"memory of a rank      {r['memory_bytes_per_rank'] / GIB:12,.1f} GiB  weights and one sequence",
         "",
@@ -110,12 +112,14 @@ def text(r: dict[str, Any]) -> str:
         f"{pair['flop_per_byte']:,.0f} FLOP/B; each GB/s of interconnect feeds {pair['flop_per_byte'] / 1e3:.1f} TFLOP/s",
         "",
         f"{'op':<22s}{'calls':>7s}{'GFLOP':>10s}{'vector MFLOP':>14s}{'MB':>11s}",
-        *(
-            f"{op:<22s}{row['calls']:>7d}{row['matmul_flops'] / 1e9:>10.3f}{row['vector_flops'] / 1e6:>14.2f}{row['bytes'] / 1e6:>11.1f}"
-            for op, row in r["ops"].items()
-        ),
+        *(_op_line(op, row) for op, row in r["ops"].items()),
     ]
     return "\n".join(lines)
+
+
+def _op_line(op: str, row: dict[str, float]) -> str:
+    flops, vector, moved = row["matmul_flops"] / 1e9, row["vector_flops"] / 1e6, row["bytes"] / 1e6
+    return f"{op:<22s}{row['calls']:>7d}{flops:>10.3f}{vector:>14.2f}{moved:>11.1f}"
 
 
 def shortage(r: dict[str, Any], memory_gib: float) -> str | None:
@@ -124,6 +128,6 @@ def shortage(r: dict[str, Any], memory_gib: float) -> str | None:
     if needed <= memory_gib:
         return None
     return (
-        f"{r['config']} at {r['context']:,} tokens on {r['ranks']} rank(s) needs {needed:,.1f} GiB per rank, {memory_gib:,.1f} GiB are given; "
-        "use more ranks or a shorter context"
+        f"{r['config']} at {r['context']:,} tokens on {r['ranks']} rank(s) needs {needed:,.1f} GiB per rank, "
+        f"{memory_gib:,.1f} GiB are given; use more ranks or a shorter context"
     )

@@ -24,7 +24,7 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 
 def named_config(name: str) -> Config:
-    """The configuration `name` of configs/, or of a config.json or checkpoint directory given by path. ValueError when there is none."""
+    """The configuration `name` of configs/, or of a config.json or checkpoint directory given by path. ValueError when absent."""
     path = Path(name)
     if path.suffix == ".json" or path.is_dir():
         return Config.from_file(path)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2 as a yardstick: its cost of a decoded token and of a cached token, from configs/v32.json through the same contracts."""
+"""DeepSeek-V3.2 as a yardstick: cost of a decoded token and of a cached token, from configs/v32.json and the same contracts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class _Step:
         x_scale = _empty(1, -(-columns // 128), dtype=torch.float8_e8m0fnu)
         self._add("linear_fp8", "linear", times, linear_fp8.cost(x, weight, _scales(rows, columns), x_scale=x_scale))
 
-    def bf16(self, rows: int, columns: int, times: int = 1, *, group: str = "linear", tokens: int = 1, name: str = "linear") -> None:
+    def bf16(
+        self, rows: int, columns: int, times: int = 1, *, group: str = "linear", tokens: int = 1, name: str = "linear"
+    ) -> None:
         """BF16 product [tokens, columns] x [rows, columns]."""
         x, weight = _empty(tokens, columns, dtype=_BF16), _empty(rows, columns, dtype=_BF16)
         self._add(name, group, times, linear.cost(x, weight))
@@ -99,9 +101,9 @@ class _Step:
 def decode_ledger(c: V32, context: int) -> Ledger:
     """Costs of one decoded token at `context` tokens, attention in the absorbed form (specification section 12.2).
 
-    The two per-head halves of kv_b, which the absorbed form multiplies with queries and outputs, run in BF16, as do gates, index head
-    weights and the LM head; other weights are FP8. Core attention reads rows of kv_lora_rank + qk_rope_head_dim channels for scores and
-    kv_lora_rank for values.
+    The two per-head halves of kv_b, which the absorbed form multiplies with queries and outputs, run in BF16, as do gates,
+    index head weights and the LM head; other weights are FP8. Core attention reads kv_lora_rank + qk_rope_head_dim channels of
+    a row for its score and kv_lora_rank for its value.
     """
     step, layers, d, heads = _Step(), c.num_hidden_layers, c.hidden_size, c.num_attention_heads
     latent = c.kv_lora_rank + c.qk_rope_head_dim
@@ -130,6 +132,6 @@ def decode_ledger(c: V32, context: int) -> Ledger:
 
 
 def bytes_per_token(c: V32) -> int:
-    """Cache bytes of one token as deployed: an FP8 latent with an fp32 scale per 128 channels, BF16 rotary channels, an FP8 index key."""
+    """Cache bytes of one token as deployed: FP8 latent with fp32 scales per 128 channels, BF16 rotary channels, FP8 index key."""
     entry = c.kv_lora_rank + 4 * (c.kv_lora_rank // 128) + 2 * c.qk_rope_head_dim
     return c.num_hidden_layers * (entry + c.index_head_dim + INDEX_SCALE_BYTES)

@@ -1,7 +1,7 @@
 """Every tensor of a checkpoint by configuration: names, stored types and shapes, their sizes, and how they split over ranks.
 
-Source: specification sections 10.1 (names, types, shapes), 10.2 (order and files) and 10.6 (split). D hidden, V vocabulary, E experts,
-I expert width, H heads, C head width, G output groups, n streams.
+Source: specification sections 10.1 (names, types, shapes), 10.2 (order and files) and 10.6 (split). D hidden, V vocabulary,
+E experts, I expert width, H heads, C head width, G output groups, n streams.
 """
 
 from __future__ import annotations
@@ -43,11 +43,19 @@ class TensorSpec:
         return self.numel * ITEM_BYTES[self.dtype]
 
     @property
-    def parameters(self) -> int:
-        """Weights it stands for: two per packed FP4 byte; scales and token-to-expert tables are no parameters."""
+    def weights(self) -> int:
+        """Values it stands for: two per packed FP4 byte; scales and token-to-expert tables stand for none."""
         if self.dtype in ("F8_E8M0", "I64"):
             return 0
         return self.numel * (2 if self.dtype == "I8" else 1)
+
+    @property
+    def parameters(self) -> int:
+        """Its share of the published parameter counts, which are those of the main model's matrices.
+
+        Not in them: MTP blocks, vectors (norms, sinks, biases, hyper-connection offsets and factors), additive tables (`ape`).
+        """
+        return 0 if len(self.shape) < 2 or self.name.startswith("mtp.") or self.name.endswith(".ape") else self.weights
 
 
 def _blocks(n: int, size: int) -> int:
@@ -73,7 +81,9 @@ class _Table:
             yield TensorSpec(f"{name}.scale", "F8_E8M0", (_blocks(rows, BLOCK), _blocks(columns, BLOCK)))
         elif kind == "fp4":
             if columns % GROUP:
-                raise ValueError(f"{name}: {columns} input channels do not divide into FP4 groups of {GROUP}; use expert_dtype 'fp8' or 'bf16'")
+                raise ValueError(
+                    f"{name}: {columns} input channels do not divide into FP4 groups of {GROUP}; use expert_dtype 'fp8' or 'bf16'"
+                )
             yield TensorSpec(f"{name}.weight", "I8", (rows, columns // 2))
             yield TensorSpec(f"{name}.scale", "F8_E8M0", (rows, columns // GROUP))
         else:
@@ -210,11 +220,11 @@ def _share(what: str, size: int, ranks: int) -> int:
 
 
 def plan(config: Config, ranks: int = 1, storage: str = "hub") -> dict[str, Any]:
-    """Sizes of a checkpoint without its weights: {tensors, parameters, bytes, by_dtype, per_rank}.
+    """Sizes of a checkpoint without its weights: {tensors, parameters, weights, bytes, by_dtype, per_rank}.
 
-    parameters: logical weights of the main model and the MTP blocks (two per FP4 byte; scales and token-to-expert tables are not
-    counted). bytes: tensor data, the index file's total_size. by_dtype: type -> {tensors, bytes}. per_rank: one
-    {rank, tensors, parameters, bytes} per rank under the split of `split`. ValueError for ranks that do not divide the model.
+    parameters: the published count (TensorSpec.parameters); weights: every stored value, MTP blocks and vectors included.
+    bytes: tensor data, the index file's total_size. by_dtype: type -> {tensors, bytes}. per_rank: one {rank, tensors, parameters,
+    weights, bytes} per rank under `split`; all ranks hold equal amounts. ValueError for ranks that do not divide the model.
     """
     if ranks < 1:
         raise ValueError(f"ranks={ranks}: expected at least 1")
@@ -224,20 +234,24 @@ def plan(config: Config, ranks: int = 1, storage: str = "hub") -> dict[str, Any]
         entry = by_dtype.setdefault(s.dtype, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += s.bytes
-    per_rank = []
-    for rank in range(ranks):
-        held = [_part(s, config, rank, ranks) for s in specs] if ranks > 1 else list(specs)
-        mine = [s for s in held if s is not None]
-        per_rank.append({"rank": rank, "tensors": len(mine), "parameters": sum(s.parameters for s in mine), "bytes": sum(s.bytes for s in mine)})
+    # every split dimension divides evenly, or split raises: rank 0 stands for all
+    mine = [s for s in (_part(s, config, 0, ranks) for s in specs) if s is not None]
     return {
-        "tensors": len(specs),
-        "parameters": sum(s.parameters for s in specs),
-        "bytes": sum(s.bytes for s in specs),
+        **_totals(specs),
         "by_dtype": by_dtype,
-        "per_rank": per_rank,
+        "per_rank": [{"rank": rank, **_totals(mine)} for rank in range(ranks)],
     }
 
 
 def _part(spec: TensorSpec, config: Config, rank: int, ranks: int) -> TensorSpec | None:
     where = split(spec, config, rank, ranks)
     return None if where is None else TensorSpec(spec.name, spec.dtype, tuple(s.stop - s.start for s in where))
+
+
+def _totals(specs: list[TensorSpec]) -> dict[str, int]:
+    return {
+        "tensors": len(specs),
+        "parameters": sum(s.parameters for s in specs),
+        "weights": sum(s.weights for s in specs),
+        "bytes": sum(s.bytes for s in specs),
+    }

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from backends.cpu.paging import Decoder, Ints, Rows
@@ -18,18 +19,27 @@ from ops.cache import unpack_fp8_rows
 from ops.paged import packed_rope_dim
 
 _PRODUCT_ROWS = 512  # rows M of a product: enough for full speed, more would only widen the band of masked window rows
+_LANES = 16  # products are a fifth slower when the number of window rows is no multiple of the vector width
 _SCORES = 1 << 21  # scores of one block, in floats: they stay in the last-level cache
+_COPIED = 1 << 20  # floats of chosen entries copied at a time
 _NEG = float("-inf")
 
 
 def gathers(entries: int, queries: int, chosen: int, window: int, heads: int) -> bool:
     """Whether copying the chosen rows of each query beats masked products with all entries.
 
-    Measured on two cores: a copied row costs as much as 24 heads' work on a shared row, and single queries gain nothing from sharing.
+    Measured on AVX-512: products with copied rows run at 0.8 of the speed, a copy costs as much as the work of 8 heads on a row.
+    Single queries gain nothing from sharing.
     """
     if queries == 1:
         return entries > chosen
-    return entries + window > (1 + 24 / heads) * (chosen + window)
+    return entries + window > (1.25 + 8 / heads) * (chosen + window)
+
+
+def _block_queries(heads: int, window: int) -> int:
+    """Queries per block, so that the window rows of a block, window - 1 + queries, fill whole vectors."""
+    queries = max(1, min(64, _PRODUCT_ROWS // heads))
+    return queries + (1 - window - queries) % _LANES
 
 
 def _decoder(cache: Tensor, channels: int) -> Decoder | None:
@@ -37,12 +47,6 @@ def _decoder(cache: Tensor, channels: int) -> Decoder | None:
         return None
     rope_dim = packed_rope_dim("sparse_attention", cache.shape[2], channels)
     return partial(unpack_fp8_rows, nope=channels - rope_dim, rope_dim=rope_dim, dtype=torch.float32)
-
-
-def _band(queries: int, before: int, window: int) -> Tensor:
-    """Additive mask [G, before + G] of window rows: query i sees the columns i + before - window + 1 .. i + before."""
-    age = torch.arange(queries)[:, None] + before - torch.arange(before + queries)
-    return torch.zeros(age.shape).masked_fill_((age < 0) | (age >= window), _NEG)
 
 
 def _chosen_mask(index_Gk: Ints, entries: int) -> Tensor:
@@ -56,22 +60,32 @@ class _Sequence:
     """The queries of one sequence; q and out [n, H, C]."""
 
     def __init__(
-        self, q: Tensor, out: Tensor, sink: Tensor, start: int, scale: float, window: int, window_rows: Rows, entries: Rows | None, ratio: int
+        self,
+        q: Tensor,
+        out: Tensor,
+        sink: Tensor,
+        start: int,
+        rows: Rows,
+        entries: Rows | None,
+        scale: float,
+        window: int,
+        ratio: int,
     ) -> None:
         self.q, self.out, self.sink = q, out, sink
         self.start, self.scale, self.window, self.ratio = start, scale, window, ratio
         n, self.heads, self.channels = q.shape
         self.first = max(start - window + 1, 0)
-        self.rows = window_rows.span(self.first, start + n)
+        self.rows = rows.span(self.first, start + n)
         self.entries = entries
         self.stored = (start + n) // ratio if entries is not None else 0
         self.shared: Tensor | None = None
         self.scratch = q.new_empty(0, dtype=torch.float32)
+        self.band = ((0, 0), self.scratch)
 
     def run(self, index_nk: Ints | None) -> None:
         """Fill `out`, block after block; index None: every visible entry."""
         n = self.q.shape[0]
-        width = max(1, min(64, _PRODUCT_ROWS // self.heads))
+        width = _block_queries(self.heads, self.window)
         low = 0
         while low < n:
             # fewer queries per block where rows are many
@@ -104,6 +118,14 @@ class _Sequence:
         position = self.start + low
         first = max(position - self.window + 1, 0)
         return self.rows[first - self.first : position + high - low - self.first], position - first
+
+    def _band(self, queries: int, before: int) -> Tensor:
+        """Additive mask [G, 1, before + G] of window rows: query i sees the columns i + before - window + 1 .. i + before."""
+        if self.band[0] != (queries, before):
+            age = torch.arange(queries)[:, None] + before - torch.arange(before + queries)
+            mask = torch.zeros(age.shape).masked_fill_((age < 0) | (age >= self.window), _NEG)
+            self.band = (queries, before), mask[:, None]
+        return self.band[1]
 
     def _finish(self, low: int, high: int, o_MC: Tensor) -> None:
         if o_MC.dtype != self.out.dtype:
@@ -141,7 +163,7 @@ class _Sequence:
         if index_Gk is not None:
             s_GHN[..., :seen].add_(_chosen_mask(index_Gk, seen)[:, None])
         if high - low > 1:
-            s_GHN[..., seen:columns].add_(_band(high - low, before, self.window)[:, None])
+            s_GHN[..., seen:columns].add_(self._band(high - low, before))
             if seen and index_Gk is None:
                 self._hide_late_entries(s_GHN, low, seen)
         s_GHN[..., columns] = self.sink
@@ -168,12 +190,12 @@ class _Sequence:
             parts = [(self.entries.pick(chosen), 0, len(chosen)), (near, len(chosen), len(chosen) + near.shape[0])]
             self._attend(low, high, parts if len(chosen) else parts[1:], len(chosen), before, None)
             return
-        step = max(1, min(high - low, (1 << 22) // (index_Gk.shape[1] * self.channels)))
+        step = max(1, min(high - low, _COPIED // (index_Gk.shape[1] * self.channels)))
         for at in range(low, high, step):
             end = min(at + step, high)
             self._gathered_block(at, end, index_Gk[at - low : end - low], absent[at - low : end - low])
 
-    def _gathered_block(self, low: int, high: int, index_Gk: Ints, absent: Ints) -> None:
+    def _gathered_block(self, low: int, high: int, index_Gk: Ints, absent: NDArray[np.bool_]) -> None:
         assert self.entries is not None
         near, before = self._window_rows(low, high)
         queries, k = index_Gk.shape
@@ -190,7 +212,7 @@ class _Sequence:
             s_GHN[..., :k].masked_fill_(torch.from_numpy(absent)[:, None], _NEG)
         target = s_MN[:, k:columns]
         torch.addmm(target, q_MC, near.T, beta=0, alpha=self.scale, out=target)
-        s_GHN[..., k:columns].add_(_band(queries, before, self.window)[:, None])
+        s_GHN[..., k:columns].add_(self._band(queries, before))
         s_GHN[..., columns] = self.sink
         torch.softmax(s_MN, 1, out=s_MN)
         chosen_GHk.copy_(s_GHN[..., :k])
@@ -230,5 +252,5 @@ def _sparse_attention(
             entries = Rows(cmp_cache, cmp_tables[b], cmp_decode)
             index = None if cmp_index is None else cmp_index[low:high].numpy()
         rows = Rows(window_cache, tables[b], decode)
-        _Sequence(q_THC[low:high], out[low:high], sink_H, start, scale, window, rows, entries, ratio).run(index)
+        _Sequence(q_THC[low:high], out[low:high], sink_H, start, rows, entries, scale, window, ratio).run(index)
     return out

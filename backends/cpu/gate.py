@@ -8,9 +8,12 @@ from torch import Tensor
 from backends.cpu.linear import matmul_nt
 from ops.gate import gate_hash, gate_topk
 
+_SMALL = 1 << 17  # weight elements below which, for one token, starting oneDNN costs more than the product
+
 
 def _scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    return torch.nn.functional.softplus(matmul_nt(x_TD.float(), weight_ED.float())).sqrt_()
+    product = torch.nn.functional.linear if x_TD.shape[0] == 1 and weight_ED.numel() <= _SMALL else matmul_nt
+    return torch.nn.functional.softplus(product(x_TD.float(), weight_ED.float())).sqrt_()
 
 
 def _weights(scores_TE: Tensor, ids_TK: Tensor, scale: float) -> Tensor:

@@ -1,29 +1,103 @@
-"""Hyper-connections in fp32: one projection, the Sinkhorn matrix kept with tokens innermost so that its steps are long vectors."""
+"""Hyper-connections in fp32: one projection, and a Sinkhorn chosen by the number of tokens.
+
+Shapes as in ops/hyper.py. The projection and both reductions read the streams in pieces that stay in cache.
+"""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 from torch import Tensor
 
 from backends.cpu.linear import matmul_nt
+from backends.cpu.norm import PIECE, inverse_rms, piece_rows
 from ops.hyper import hc_head, hc_post, hc_pre
 
-
-def _mixes(streams_TnD: Tensor, fn: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
-    x = streams_TnD.float()
-    f = x.flatten(1)
-    inverse = torch.linalg.vector_norm(f, dim=1, keepdim=True).square_().div_(f.shape[1]).add_(norm_eps).rsqrt_()
-    return x, matmul_nt(f, fn).mul_(inverse)
+# tokens up to which scalars in Python beat torch calls, and from which vectors along the tokens beat small products
+_SCALAR_TOKENS, _VECTOR_TOKENS = 3, 192
 
 
-def _sinkhorn(logits_nnT: Tensor, eps: float, iters: int) -> Tensor:
-    """Axes (row j, column k, token); the exact sequence of the contract."""
-    p = torch.softmax(logits_nnT, dim=1).add_(eps)
+def _collapse(
+    streams_TnD: Tensor, fn: Tensor, scale: Tensor, base_n: Tensor, norm_eps: float, hc_eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mixes u [T, rows of fn] and the streams weighted by the first n of them, in the streams' type."""
+    t, n, d = streams_TnD.shape
+    u = torch.empty(t, fn.shape[0])
+    out_TD = streams_TnD.new_empty(t, d)
+    step = piece_rows(streams_TnD) if streams_TnD.numel() > PIECE else max(t, 1)
+    for i in range(0, t, step):
+        x = streams_TnD[i : i + step].float()
+        f = x.flatten(1)
+        part = torch.mul(matmul_nt(f, fn), inverse_rms(f, norm_eps), out=u[i : i + step])
+        pre = torch.addcmul(base_n, part[:, :n], scale).sigmoid_().add_(hc_eps)
+        out_TD[i : i + step] = torch.bmm(pre[:, None], x).squeeze(1)
+    return u, out_TD
+
+
+@functools.lru_cache(maxsize=8)
+def _sums(n: int) -> tuple[Tensor, Tensor]:
+    """0/1 matrices that turn a row-major n x n matrix into its row sums and its column sums, each in every place it divides."""
+    i = torch.arange(n * n)
+    return (i[:, None] // n == i // n).float(), (i[:, None] % n == i % n).float()
+
+
+def _sinkhorn_products(z_Tnn: Tensor, eps: float, iters: int) -> Tensor:
+    """Two calls per normalisation: the sums as a small product, the division."""
+    t, n, _ = z_Tnn.shape
+    rows, columns = _sums(n)
+    added = torch.full((1, n * n), eps)
+    p = torch.softmax(z_Tnn, -1).view(t, n * n).add_(eps)
+    p.div_(torch.addmm(added, p, columns))
+    for _ in range(iters - 1):
+        p.div_(torch.addmm(added, p, rows))
+        p.div_(torch.addmm(added, p, columns))
+    return p.view(t, n, n)
+
+
+def _sinkhorn_vectors(z_Tnn: Tensor, eps: float, iters: int) -> Tensor:
+    """Tokens innermost, so that every step runs over long vectors."""
+    p = torch.softmax(z_Tnn.permute(1, 2, 0).contiguous(), 1).add_(eps)
     p.div_(p.sum(0, keepdim=True).add_(eps))
     for _ in range(iters - 1):
         p.div_(p.sum(1, keepdim=True).add_(eps))
         p.div_(p.sum(0, keepdim=True).add_(eps))
-    return p
+    return p.permute(2, 0, 1).contiguous()
+
+
+def _exponentials(z: list[float], eps: float) -> tuple[float, float, float, float]:
+    top = max(z)
+    a, b, c, d = (math.exp(value - top) for value in z)
+    s = 1 / (a + b + c + d)
+    return a * s + eps, b * s + eps, c * s + eps, d * s + eps
+
+
+def _sinkhorn_scalars(z: list[float], eps: float, iters: int) -> list[float]:
+    """One token's 4 x 4 matrix, row-major, in Python floats: a torch call costs more than a whole normalisation."""
+    a, b, c, d = _exponentials(z[:4], eps)
+    e, f, g, h = _exponentials(z[4:8], eps)
+    i, j, k, m = _exponentials(z[8:12], eps)
+    n, o, p, q = _exponentials(z[12:], eps)
+    for step in range(iters):
+        if step:
+            s, t = 1 / (a + b + c + d + eps), 1 / (e + f + g + h + eps)
+            u, v = 1 / (i + j + k + m + eps), 1 / (n + o + p + q + eps)
+            a, b, c, d, e, f, g, h = a * s, b * s, c * s, d * s, e * t, f * t, g * t, h * t
+            i, j, k, m, n, o, p, q = i * u, j * u, k * u, m * u, n * v, o * v, p * v, q * v
+        s, t = 1 / (a + e + i + n + eps), 1 / (b + f + j + o + eps)
+        u, v = 1 / (c + g + k + p + eps), 1 / (d + h + m + q + eps)
+        a, b, c, d, e, f, g, h = a * s, b * t, c * u, d * v, e * s, f * t, g * u, h * v
+        i, j, k, m, n, o, p, q = i * s, j * t, k * u, m * v, n * s, o * t, p * u, q * v
+    return [a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q]
+
+
+def _sinkhorn(z_Tnn: Tensor, eps: float, iters: int) -> Tensor:
+    tokens, n, _ = z_Tnn.shape
+    if n == 4 and tokens <= _SCALAR_TOKENS:
+        flat = [value for z in z_Tnn.flatten(1).tolist() for value in _sinkhorn_scalars(z, eps, iters)]
+        return torch.tensor(flat, dtype=torch.float32).view(tokens, n, n)
+    return (_sinkhorn_vectors if tokens >= _VECTOR_TOKENS else _sinkhorn_products)(z_Tnn, eps, iters)
 
 
 @hc_pre.implement("cpu")
@@ -31,26 +105,27 @@ def _hc_pre(
     streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float, iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     t, n, _ = streams_TnD.shape
-    x, u = _mixes(streams_TnD, fn, norm_eps)
-    s0, s1, s2 = scale.unbind()
-    pre = torch.addcmul(base[:n], u[:, :n], s0).sigmoid_().add_(hc_eps)
-    post = torch.addcmul(base[n : 2 * n], u[:, n : 2 * n], s1).sigmoid_().mul_(2)
-    logits = torch.addcmul(base[2 * n :], u[:, 2 * n :], s2)
-    comb = _sinkhorn(logits.t().contiguous().view(n, n, t), hc_eps, iters)
-    collapsed = torch.bmm(pre[:, None], x).squeeze(1)
-    return collapsed.to(streams_TnD.dtype), post, comb.permute(2, 0, 1).contiguous()
+    u, x_TD = _collapse(streams_TnD, fn, scale[0], base[:n], norm_eps, hc_eps)
+    post = torch.addcmul(base[n : 2 * n], u[:, n : 2 * n], scale[1]).sigmoid_().mul_(2)
+    logits = torch.addcmul(base[2 * n :], u[:, 2 * n :], scale[2])
+    return x_TD, post, _sinkhorn(logits.view(t, n, n), hc_eps, iters)
 
 
 @hc_post.implement("cpu")
 def _hc_post(y_TD: Tensor, streams_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> Tensor:
-    out = post_Tn[:, :, None] * y_TD.float()[:, None]
-    return torch.baddbmm(out, comb_Tnn.transpose(1, 2), streams_TnD.float()).to(streams_TnD.dtype)
+    mix_Tnn, post_Tn1 = comb_Tnn.transpose(1, 2), post_Tn[:, :, None]
+    if streams_TnD.numel() <= PIECE:
+        mixed = torch.bmm(mix_Tnn, streams_TnD.float())
+        return mixed.addcmul_(post_Tn1, y_TD.float()[:, None]).to(streams_TnD.dtype)
+    out, step = torch.empty_like(streams_TnD, memory_format=torch.contiguous_format), piece_rows(streams_TnD)
+    for i in range(0, out.shape[0], step):
+        mixed = torch.bmm(mix_Tnn[i : i + step], streams_TnD[i : i + step].float())
+        out[i : i + step] = mixed.addcmul_(post_Tn1[i : i + step], y_TD[i : i + step].float()[:, None])
+    return out
 
 
 @hc_head.implement("cpu")
 def _hc_head(
     streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float
 ) -> Tensor:
-    x, u = _mixes(streams_TnD, fn, norm_eps)
-    pre = torch.addcmul(base, u, scale).sigmoid_().add_(hc_eps)
-    return torch.bmm(pre[:, None], x).squeeze(1).to(streams_TnD.dtype)
+    return _collapse(streams_TnD, fn, scale, base, norm_eps, hc_eps)[1]

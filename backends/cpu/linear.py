@@ -1,7 +1,7 @@
-"""Linear layers on the CPU: oneDNN's product where it is present, torch's otherwise; packed weights decoded in row blocks.
+"""Linear layers on the CPU: oneDNN's product where it is the faster one, torch's otherwise; packed weights decoded in row blocks.
 
-Shapes as in ops/linear.py. oneDNN reads the weights of a single row at close to memory bandwidth, two to three times faster than
-the BLAS torch calls for fp32, and is ahead for many rows too (docs/performance.md).
+Shapes as in ops/linear.py. For large fp32 weights oneDNN spreads even a single row over the threads and reads at close to memory
+bandwidth, where the BLAS that torch calls stays on one thread (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -11,89 +11,95 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from backends.cpu.quant import fp4_values, fp8_values, scale_blocks_, scale_groups_
 from ops.linear import grouped_linear, linear, linear_fp4, linear_fp8, linear_int8, out_type
-from ops.quant import dequant_fp8, dequant_fp8_block, dequant_mxfp4
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_BLOCK_BYTES = 32 << 20
+_onednn = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
+_product = torch.nn.functional.linear
+# oneDNN costs about 13 microseconds more per call: as long as reading this many fp32 weights takes
+_ONEDNN_WEIGHTS = 1 << 18
+_BF16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# bytes of decoded weights in flight: a share of the second-level cache for few tokens, more when the product dominates
+_FEW, _MANY, _TOKENS = 2 << 20, 16 << 20, 64
 
 
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
     """x [M, K] @ w [N, K].T for operands of one float type, fp32 accumulation; returns [M, N] in that type."""
-    if _ONEDNN and x.dtype == torch.float32 and x.shape[0] and w.shape[0]:
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return torch.nn.functional.linear(x, w)
+    if _onednn is not None and w.numel() >= _ONEDNN_WEIGHTS and x.dtype == torch.float32 and x.shape[0]:
+        return _onednn(x, w, None, "none", [], "")
+    return _product(x, w)
 
 
-@linear.implement("cpu")
-def _linear(x: Tensor, weight_NK: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
-    out = out_dtype or x.dtype
-    if x.dtype != weight_NK.dtype or (out == torch.float32 and x.dtype != torch.float32):
-        return _wide(x, weight_NK).to(out)
-    y = matmul_nt(x, weight_NK) if x.dim() == 2 else torch.nn.functional.linear(x, weight_NK)
-    return y if out == x.dtype else y.to(out)
-
-
-def _wide(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """fp32 result of narrow operands, the weight widened in row blocks so that no second copy of it is made."""
-    flat = x.reshape(-1, x.shape[-1]).float()
-    step = max(_BLOCK_BYTES // max(4 * weight_NK.shape[1], 1), 64)
-    parts = [matmul_nt(flat, weight_NK[i : i + step].float()) for i in range(0, weight_NK.shape[0], step)]
-    y = torch.cat(parts, dim=1) if len(parts) != 1 else parts[0]
-    return y.view(*x.shape[:-1], weight_NK.shape[0])
-
-
-def _in_blocks(x: Tensor, rows: int, width: int, out: torch.dtype, decode: Callable[[int, int], Tensor]) -> Tensor:
-    """x @ w.T in fp32 with `decode(i, j)` giving rows i..j of w; the decoded weight never exists as a whole."""
-    step = max(_BLOCK_BYTES // max(4 * width, 1) // 128 * 128, 128)
+def _row_blocks(x: Tensor, rows: int, out: torch.dtype, itemsize: int, decode: Callable[[int, int], Tensor]) -> Tensor:
+    """x [T, K] @ w.T, `decode(i, j)` giving rows i..j of w in x's type: the widened weight never exists as a whole."""
+    held = _FEW if x.shape[0] < _TOKENS else _MANY
+    step = max(held // max(itemsize * x.shape[1], 1) // 128, 1) * 128
+    if rows <= step:
+        return matmul_nt(x, decode(0, rows)).to(out)
     y = torch.empty(x.shape[0], rows, dtype=out)
     for i in range(0, rows, step):
         y[:, i : i + step] = matmul_nt(x, decode(i, min(i + step, rows)))
     return y
 
 
-def _activations(x: Tensor, x_scale: Tensor | None) -> Tensor:
-    return x.float() if x_scale is None else dequant_fp8.reference(x, x_scale, dtype=torch.float32, compute=torch.float32)
+@linear.implement("cpu")
+def _linear(x: Tensor, weight_NK: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    out = out_dtype or x.dtype
+    if x.dim() != 2:
+        flat = _linear(x.reshape(-1, x.shape[-1]), weight_NK, out_dtype=out_dtype)
+        return flat.view(*x.shape[:-1], weight_NK.shape[0])
+    if x.dtype != weight_NK.dtype or out.itemsize > x.dtype.itemsize:
+        wide = torch.promote_types(torch.promote_types(x.dtype, weight_NK.dtype), torch.float32)
+        return _row_blocks(x.to(wide), weight_NK.shape[0], out, wide.itemsize, lambda i, j: weight_NK[i:j].to(wide))
+    y = matmul_nt(x, weight_NK)
+    return y if out == x.dtype else y.to(out)
+
+
+def _activations(x: Tensor, x_scale: Tensor | None, out: torch.dtype) -> Tensor:
+    """Activations in the type of the product: bf16 where that is exact for both operands and the result is bf16, else fp32."""
+    narrow = torch.bfloat16 if _BF16 and out == torch.bfloat16 and (x_scale is not None or x.dtype == out) else torch.float32
+    return x.to(narrow) if x_scale is None else scale_groups_(fp8_values(x, narrow), x_scale, 128)
 
 
 @linear_fp8.implement("cpu")
 def _linear_fp8(
     x: Tensor, weight_NK: Tensor, scale: Tensor, *, x_scale: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    def decode(i: int, j: int) -> Tensor:
-        part = scale.view(torch.uint8)[i // 128 : -(-j // 128)].view(torch.float8_e8m0fnu)
-        return dequant_fp8_block.reference(weight_NK[i:j], part, dtype=torch.float32, compute=torch.float32)
+    out = out_type(x, out_dtype)
+    a_TK = _activations(x, x_scale, out)
 
-    return _in_blocks(_activations(x, x_scale), *weight_NK.shape, out_type(x, out_dtype), decode)
+    def decode(i: int, j: int) -> Tensor:
+        return scale_blocks_(fp8_values(weight_NK[i:j], a_TK.dtype), scale[i // 128 : -(-j // 128)])
+
+    return _row_blocks(a_TK, weight_NK.shape[0], out, a_TK.dtype.itemsize, decode)
 
 
 @linear_fp4.implement("cpu")
 def _linear_fp4(
     x: Tensor, weight: Tensor, scale: Tensor, *, x_scale: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    def decode(i: int, j: int) -> Tensor:
-        return dequant_mxfp4.reference(weight[i:j], scale[i:j], dtype=torch.float32, compute=torch.float32)
+    out = out_type(x, out_dtype)
+    a_TK = _activations(x, x_scale, out)
 
-    return _in_blocks(_activations(x, x_scale), weight.shape[0], 2 * weight.shape[1], out_type(x, out_dtype), decode)
+    def decode(i: int, j: int) -> Tensor:
+        return scale_groups_(fp4_values(weight[i:j], a_TK.dtype), scale[i:j], 32)
+
+    return _row_blocks(a_TK, weight.shape[0], out, a_TK.dtype.itemsize, decode)
 
 
 @linear_int8.implement("cpu")
 def _linear_int8(
     x: Tensor, weight_NK: Tensor, scale: Tensor, *, x_scale: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    y = _in_blocks(x.float(), *weight_NK.shape, torch.float32, lambda i, j: weight_NK[i:j].float())
-    y *= scale
-    if x_scale is not None:
-        y *= x_scale[:, None]
-    return y.to(out_type(x, out_dtype))
+    y = _row_blocks(x.float(), weight_NK.shape[0], torch.float32, 4, lambda i, j: weight_NK[i:j].float())
+    y = y.mul_(scale)
+    return (y if x_scale is None else y.mul_(x_scale[:, None])).to(out_type(x, out_dtype))
 
 
 @grouped_linear.implement("cpu")
 def _grouped_linear(x_TGK: Tensor, weight_GNK: Tensor) -> Tensor:
-    t, groups, _ = x_TGK.shape
-    if x_TGK.dtype != weight_GNK.dtype:
-        return _grouped_linear(x_TGK.float(), weight_GNK.float()).to(x_TGK.dtype)
-    y = x_TGK.new_empty(t, groups, weight_GNK.shape[1])
-    for g in range(groups):
-        y[:, g] = matmul_nt(x_TGK[:, g].contiguous(), weight_GNK[g])
+    y = x_TGK.new_empty(x_TGK.shape[0], *weight_GNK.shape[:2])
+    for g, weight_NK in enumerate(weight_GNK):
+        y[:, g] = _linear(x_TGK[:, g].contiguous(), weight_NK)
     return y

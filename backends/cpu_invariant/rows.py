@@ -86,8 +86,11 @@ def _per_row(contract: Contract, names: tuple[str, ...]) -> Callable[[Callable[.
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = bind(*args, **kwargs)
             rows = {n: bound.arguments[n] for n in names if isinstance(bound.arguments.get(n), Tensor)}
-            count = next(iter(rows.values())).shape[0]
-            if not count:
+            first = next(iter(rows.values()))
+            if first.dim() == 1:  # one row without a token dimension
+                bound.arguments[names[0]] = first.clone(memory_format=torch.contiguous_format)
+                return fn(*bound.args, **bound.kwargs)
+            if not (count := first.shape[0]):
                 return fn(*args, **kwargs)
             results = []
             for t in range(count):

@@ -124,7 +124,7 @@ def measure_long(own: Side, peer: Side, sizes: Sizes, say: Callable[[str], None]
     rows = []
     for tokens in sizes.long:
         start = tokens - 64  # room for the steps below the model's last position
-        seconds = {}
+        seconds: dict[str, float] = {}
         for side in (own, peer):
             side.synthetic(start)
             side.step()

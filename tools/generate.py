@@ -1,0 +1,186 @@
+"""`v4 generate`: a prompt or a conversation in, streamed text out.
+
+Everything that can be refused (run file, prompt, context) is checked before weights are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import v4
+from ops.registry import parse_overrides
+from tools.runconfig import RunConfig, nearest, read_run_file
+from v4.config import Config
+from v4.encoding import encode
+from v4.prompt_texts import PromptTexts
+from v4.tokenizer import BOS, StreamDecoder, Tokenizer
+
+_CHAT_KEYS = ("messages", "tools", "response_format")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: settings, token ids of the prompt, and the tokenizer that decodes the answer (None: ids only)."""
+
+    settings: RunConfig
+    ids: list[int]
+    tokenizer: Tokenizer | None
+
+
+def settings_of(args: argparse.Namespace) -> RunConfig:
+    """The run file, if any, with the command line's options on top. ValueError names what is wrong."""
+    settings = read_run_file(args.config) if args.config else RunConfig()
+    given = {f.name: getattr(args, f.name, None) for f in fields(RunConfig)}
+    given["ops"] = parse_overrides(args.ops) if args.ops else None
+    return settings.override(given)
+
+
+def read_chat(path: str) -> list[dict[str, Any]]:
+    """Messages of a conversation file. Tools and response format beside the messages go to the leading system message."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; expected a JSON file with messages") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if isinstance(found, list):
+        return found
+    if not isinstance(found, dict) or "messages" not in found:
+        kind = type(found).__name__
+        raise ValueError(f"{path}: found a {kind} without messages, expected a list of messages or {{'messages': [...]}}")
+    for key in found:
+        if key not in _CHAT_KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(key, _CHAT_KEYS)}")
+    messages = found["messages"]
+    extra = {k: v for k, v in found.items() if k != "messages" and v}
+    if not extra or not isinstance(messages, list):
+        return messages
+    leads = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    first = messages[0] if leads else {"role": "system", "content": ""}
+    return [{**first, **extra}, *(messages[1:] if leads else messages)]
+
+
+def _ids(args: argparse.Namespace, model: Path, tokenizer: Tokenizer | None) -> list[int]:
+    if args.ids is not None:
+        try:
+            return [int(part) for part in args.ids.split(",")]
+        except ValueError:
+            raise ValueError(f"--ids: found {args.ids!r}, expected integers such as 0,5,7") from None
+    if args.prompt is None and args.chat is None:
+        raise ValueError('found no prompt; give one as text ("..."), as --chat FILE, or as --ids')
+    if tokenizer is None:
+        raise ValueError(f"{model}: has no tokenizer.json; give token ids with --ids 0,5,7")
+    if args.raw:
+        if args.chat is not None:
+            raise ValueError("--raw continues plain text; a conversation (--chat) needs the chat format")
+        return tokenizer.encode(BOS + args.prompt)
+    messages = read_chat(args.chat) if args.chat is not None else [{"role": "user", "content": args.prompt}]
+    mode = "thinking" if args.thinking or args.effort else "chat"
+    return tokenizer.encode(encode(messages, mode=mode, effort=args.effort, texts=PromptTexts.from_checkpoint(model)))
+
+
+def prepare(args: argparse.Namespace) -> Request:
+    """Check settings, prompt and context length without reading a weight. ValueError names what is wrong and what to do."""
+    settings = settings_of(args)
+    if settings.model is None:
+        raise ValueError("found no checkpoint; give --model DIR, or model: in the run file (v4 checkpoint make writes one)")
+    model = Path(settings.model)
+    if not model.is_dir():
+        raise ValueError(f"{model}: no such directory; expected a checkpoint (v4 checkpoint make --config nano --out {model})")
+    config = Config.from_file(model)
+    tokenizer = Tokenizer(model) if (model / "tokenizer.json").is_file() else None
+    ids = _ids(args, model, tokenizer)
+    limit = min(settings.context or config.max_position_embeddings, config.max_position_embeddings)
+    if len(ids) + settings.max_new_tokens > limit:
+        raise ValueError(
+            f"prompt of {len(ids)} and {settings.max_new_tokens} new tokens exceed the context of {limit}; "
+            "shorten the prompt, lower --max-new-tokens, or raise --context"
+        )
+    if settings.speculative and settings.temperature > 0:
+        raise ValueError("--speculative verifies greedy drafts: leave --temperature at 0")
+    return Request(settings, ids, tokenizer)
+
+
+def answer(request: Request, write: Callable[[str], None]) -> tuple[dict[str, Any], v4.LoadedModel]:
+    """Load, generate, and pass text on as it becomes complete; the JSON report and the model.
+
+    Keys: text, tokens, tokens_per_second, backend, ops, prompt_tokens, prefill_seconds, stopped, acceptance.
+    """
+    s = request.settings
+    model = v4.load(
+        str(s.model),
+        backend=s.backend,
+        dtype=getattr(torch, s.dtype),
+        numerics=s.numerics,
+        ops=dict(s.ops) or None,
+        strict=s.strict,
+        batch_invariant=s.batch_invariant,
+        max_context=s.context,
+        mtp=s.speculative,
+    )
+    decoder = StreamDecoder(request.tokenizer, skip_special=True) if request.tokenizer else None
+    pieces: list[str] = []
+
+    def put(piece: str) -> None:
+        if piece:
+            pieces.append(piece)
+            write(piece)
+
+    def on_token(token: int) -> None:
+        put(decoder.feed(token) if decoder else f"{',' if pieces else ''}{token}")
+
+    result = model.generate(
+        request.ids,
+        s.max_new_tokens,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k,
+        seed=s.seed,
+        speculative=s.speculative,
+        on_token=on_token,
+    )
+    if decoder:
+        put(decoder.finish())
+    report = {
+        "text": "".join(pieces),
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "backend": s.backend,
+        "ops": model.binding.table(),
+        "prompt_tokens": len(request.ids),
+        "prefill_seconds": result.prefill_seconds,
+        "stopped": result.stopped,
+        "acceptance": result.acceptance if s.speculative else None,
+    }
+    return report, model
+
+
+def _stream(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def run(args: argparse.Namespace) -> int:
+    """The verb; returns the exit code."""
+    report, model = answer(prepare(args), (lambda piece: None) if args.json else _stream)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return 0
+    print(flush=True)
+    accepted = "" if report["acceptance"] is None else f", {report['acceptance']:.0%} of drafts accepted"
+    print(
+        f"[{report['prompt_tokens']} prompt tokens in {report['prefill_seconds']:.2f} s, {len(report['tokens'])} tokens at "
+        f"{report['tokens_per_second']:.1f}/s, backend {report['backend']}, stopped by {report['stopped']}{accepted}]",
+        file=sys.stderr,
+    )
+    if args.explain:
+        print("\n" + model.explain())
+    return 0

@@ -1,0 +1,214 @@
+"""Filling a model's parameters from a checkpoint: every parameter exactly once, every stored tensor used or listed as ignored.
+
+The hub's tensors are streamed shard by shard in file order. What is stored as the parameter wants it is read straight into its
+place by several threads; the rest is unpacked or cast in blocks on the way. Parameters live in memory of their own, not in the
+file mapping: a file that changes later can not change a running model, and large pages make products faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from v4.checkpoint import Checkpoint
+from v4.errors import CheckpointError
+from v4.manifest import verify_files
+from v4.packing import scale_problem, unpack_fp4, unpack_fp8
+from v4.placement import Piece, place
+from v4.shards import StoredTensor
+
+_HUGE_PAGE = 1 << 21
+_READ = 1 << 26
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """bytes: stored bytes read; seconds: all of the loading; filled: number of parameters; ignored: stored names not read."""
+
+    bytes: int
+    seconds: float
+    filled: int
+    ignored: tuple[str, ...]
+
+    @property
+    def gb_per_s(self) -> float:
+        """Stored bytes read per second, in units of 10^9."""
+        return self.bytes / 1e9 / self.seconds
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that is not cleared; large tensors start on a large page where the system has them."""
+    n = prod(shape) * dtype.itemsize
+    if n < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    region = mmap.mmap(-1, n + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flat = torch.frombuffer(region, dtype=torch.uint8)
+    start = -flat.data_ptr() % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without large pages: only speed differs
+        region.madvise(mmap.MADV_HUGEPAGE, start, n // _HUGE_PAGE * _HUGE_PAGE)
+    return flat[start : start + n].view(dtype).view(shape)
+
+
+def _read_into(path: Path, offset: int, target: memoryview) -> None:
+    with path.open("rb", buffering=0) as f:
+        f.seek(offset)
+        while target:
+            n = f.readinto(target)
+            if not n:
+                raise CheckpointError(
+                    "truncated",
+                    file=path.name,
+                    found=f"the end of the file at {f.tell()}",
+                    expected=f"{len(target)} more bytes",
+                    hint="The file changed while it was read",
+                )
+            target = target[n:]
+
+
+def check_values(stored: StoredTensor, tensor: Tensor, experts: int) -> CheckpointError | None:
+    """Cheap checks made at every load: E8M0 scales, and tables of expert numbers in [0, experts)."""
+    if stored.dtype == "F8_E8M0":
+        return scale_problem(tensor, file=stored.file, tensor=stored.name)
+    if stored.name.endswith(".tid2eid") and tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= experts:
+            return CheckpointError(
+                "expert out of range",
+                file=stored.file,
+                tensor=stored.name,
+                found=f"numbers from {low} to {high}",
+                expected=f"0 to {experts - 1}",
+            )
+    return None
+
+
+class _Filler:
+    """Runs a plan: allocates parameters when their first piece comes, hands them to the module when the last one is in."""
+
+    def __init__(
+        self, module: nn.Module, checkpoint: Checkpoint, pieces: list[Piece], device: torch.device | str | None, bar: tqdm
+    ) -> None:
+        self.module, self.checkpoint, self.device, self.bar = module, checkpoint, device, bar
+        self.parameters = dict(module.named_parameters())
+        self.left = Counter(p.parameter for p in pieces)
+        self.filling: dict[str, Tensor] = {}
+
+    def target(self, piece: Piece) -> Tensor:
+        if piece.parameter not in self.filling:
+            p = self.parameters[piece.parameter]
+            self.filling[piece.parameter] = _allocate(tuple(p.shape), p.dtype)
+        return piece.target(self.filling[piece.parameter])
+
+    def check(self, stored: StoredTensor, tensor: Tensor) -> None:
+        if problem := check_values(stored, tensor, self.checkpoint.config.n_routed_experts):
+            raise problem
+
+    def convert(self, piece: Piece) -> None:
+        source, target = self.checkpoint.get(piece.source.name), self.target(piece)
+        if piece.scale is None:
+            self.check(piece.source, source)
+            target.copy_(source)
+            return
+        scale = self.checkpoint.get(piece.scale.name)
+        self.check(piece.scale, scale)
+        (unpack_fp4 if piece.how == "fp4" else unpack_fp8)(source, scale, target)
+
+    def read(self, piece: Piece, pool: ThreadPoolExecutor) -> list[Future[None]]:
+        data = self.target(piece).view(-1).view(torch.uint8).numpy().data
+        path, begin = self.checkpoint.path / piece.source.file, piece.source.begin
+        return [pool.submit(_read_into, path, begin + at, data[at : at + _READ]) for at in range(0, len(data), _READ)]
+
+    def run(self, pieces: list[Piece], pool: ThreadPoolExecutor) -> None:
+        """Fill all pieces of one file."""
+        reading = [(p, self.read(p, pool)) for p in pieces if p.how == "read"]
+        for piece in pieces:
+            if piece.how != "read":
+                self.convert(piece)
+                self.done(piece)
+        for piece, futures in reading:
+            for future in futures:
+                future.result()
+            self.check(piece.source, self.target(piece))
+            self.done(piece)
+
+    def done(self, piece: Piece) -> None:
+        self.bar.update(piece.bytes)
+        self.left[piece.parameter] -= 1
+        if self.left[piece.parameter] == 0:
+            owner, _, name = piece.parameter.rpartition(".")
+            value = self.filling.pop(piece.parameter)
+            value = value if self.device is None else value.to(self.device)
+            setattr(self.module.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
+
+
+def load_parameters(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    include_mtp: bool = True,
+    verify: bool = False,
+    threads: int = 4,
+) -> LoadReport:
+    """Fill every parameter of `module` from a checkpoint and move it to `device` (None: leave it where it was read).
+
+    Parameter names are the hub's, except the stacked experts.w13/w2/s13/s2 [E, ...] (w1 rows first, then w3), shared_experts.w13
+    and the grouped attn.wo_a. A parameter whose type is the stored one takes the bytes as they are (packed FP4 int8 as uint8);
+    a floating parameter takes dequantised or cast values. dtype: the activation type the module was built for. include_mtp False
+    ignores stored `mtp.*`. verify: hold the files against checksums.json first. threads: concurrent reads.
+    Raises CheckpointError for damaged scales and tables, unreadable files and types or shapes that do not fit; ValueError naming
+    parameters left unfilled, tensors left unused, or parameters of another type than `dtype`, float32 and the packed ones.
+    """
+    began = time.perf_counter()
+    if verify:
+        for problem in verify_files(checkpoint.path, progress=progress):
+            raise problem
+    parameters = dict(module.named_parameters())
+    for name, p in parameters.items():
+        if p.dtype.is_floating_point and p.dtype.itemsize > 1 and p.dtype not in (dtype, torch.float32):
+            raise ValueError(
+                f"{name}: found a parameter of {p.dtype}, expected {dtype} or torch.float32; build the model for {dtype}"
+            )
+    ignored = set(checkpoint.ignored)
+    if not include_mtp:
+        ignored.update(n for n in checkpoint.tensors if n.startswith("mtp."))
+    pieces = place(parameters, checkpoint, ignored)
+    by_file: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_file.setdefault(piece.source.file, []).append(piece)
+    size = sum(p.bytes for p in pieces)
+    with (
+        tqdm(total=size, unit="B", unit_scale=True, desc="load", disable=not progress) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        filler = _Filler(module, checkpoint, pieces, device, bar)
+        for file_pieces in by_file.values():
+            filler.run(file_pieces, pool)
+    return LoadReport(size, time.perf_counter() - began, len(parameters), tuple(sorted(ignored)))
+
+
+def raw_read_gb_per_s(path: str | Path) -> float:
+    """GB/s of plain safetensors reading, what loading is held against: every tensor of every shard read with `get_tensor` into
+    memory of its own and kept until the end, as a model must keep it (get_tensor alone maps the file and reads nothing).
+    """
+    began, size = time.perf_counter(), 0
+    kept = []
+    for shard in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(str(shard), framework="pt") as f:
+            for name in list(f.keys()):
+                kept.append(f.get_tensor(name).clone())
+                size += kept[-1].numel() * kept[-1].element_size()
+    return size / 1e9 / (time.perf_counter() - began)
