@@ -37,7 +37,9 @@ def _flat(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result or ())
 
 
-def call_with_clones(contract: Contract, fn: Callable[..., Any], sample: Sample, **extra: Any) -> tuple[list[Tensor], dict[str, Any]]:
+def call_with_clones(
+    contract: Contract, fn: Callable[..., Any], sample: Sample, **extra: Any
+) -> tuple[list[Tensor], dict[str, Any]]:
     """Run `fn` on clones; returns outputs followed by the mutated arguments, and all bound arguments after the call."""
     bound = signature(contract).bind(*map(_clone, sample.args), **{k: _clone(v) for k, v in sample.kwargs.items()})
     outputs = _flat(fn(*bound.args, **bound.kwargs, **extra))
@@ -45,23 +47,36 @@ def call_with_clones(contract: Contract, fn: Callable[..., Any], sample: Sample,
     return outputs + [bound.arguments[name] for name in contract.mutates], dict(bound.arguments)
 
 
+def _bytes(t: Tensor) -> Tensor:
+    return t.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 def _compare(position: int, y: Tensor, g: Tensor, allowance: Any) -> tuple[float, str | None]:
     if not g.is_floating_point() or allowance is None:
-        same = torch.equal(y.reshape(-1).view(torch.uint8), g.to(y.dtype).reshape(-1).view(torch.uint8)) if y.numel() else True
-        return (0.0, None) if same else (float("inf"), f"output {position}: {int((y != g).sum())} elements differ (must be bitwise equal)")
+        same = torch.equal(_bytes(y), _bytes(g.to(y.dtype)))
+        return (
+            (0.0, None)
+            if same
+            else (float("inf"), f"output {position}: {int((y != g).sum())} elements differ (must be bitwise equal)")
+        )
     if y.numel() == 0:
         return 0.0, None
     y64, g64 = y.double(), g.double()
     if not torch.equal(torch.isfinite(y64), torch.isfinite(g64)) or not torch.equal(y64.isnan(), g64.isnan()):
         return float("inf"), f"output {position}: inf or nan in other places than the golden"
     finite = torch.isfinite(g64)
-    allowed = roundoff(y.dtype) * g64.abs() + torch.as_tensor(allowance, dtype=torch.float64) + torch.finfo(torch.float32).tiny
+    # below the smallest normal number roundings are absolute
+    smallest = torch.finfo(y.dtype).smallest_normal * roundoff(y.dtype) + torch.finfo(torch.float32).tiny
+    allowed = roundoff(y.dtype) * g64.abs() + torch.as_tensor(allowance, dtype=torch.float64) + smallest
     ratio = torch.where(finite, (y64 - g64).abs() / allowed, torch.zeros_like(g64))
     worst = float(ratio.max())
     if worst <= 1:
         return worst, None
     where = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
-    return worst, f"output {position} at {where}: found {float(y64[where]):.9g}, expected {float(g64[where]):.9g}, error/bound {worst:.3g}"
+    return (
+        worst,
+        f"output {position} at {where}: found {float(y64[where]):.9g}, expected {float(g64[where]):.9g}, error/bound {worst:.3g}",
+    )
 
 
 def judge(contract: Contract, fn: Callable[..., Any], sample: Sample) -> Verdict:
@@ -73,9 +88,7 @@ def judge(contract: Contract, fn: Callable[..., Any], sample: Sample) -> Verdict
     shapes = _flat(contract.meta(*sample.args, **sample.kwargs))
     before = signature(contract).bind(*sample.args, **sample.kwargs).arguments
     for name, value in before.items():
-        if isinstance(value, Tensor) and name not in contract.mutates and not torch.equal(
-            value.reshape(-1).view(torch.uint8), after[name].reshape(-1).view(torch.uint8)
-        ):
+        if isinstance(value, Tensor) and name not in contract.mutates and not torch.equal(_bytes(value), _bytes(after[name])):
             problems.append(f"argument {name} was modified")
     for i, (y, m) in enumerate(zip(found, shapes, strict=False)):
         if y.shape != m.shape or y.dtype != m.dtype:
@@ -95,4 +108,4 @@ def judge(contract: Contract, fn: Callable[..., Any], sample: Sample) -> Verdict
             worst = max(worst, ratio)
             if complaint:
                 problems.append(complaint)
-    return Verdict(contract.name, sample.name, not problems, worst if not problems else max(worst, float("inf") if problems else worst), tuple(problems))
+    return Verdict(contract.name, sample.name, not problems, worst, tuple(problems))

@@ -164,7 +164,8 @@ def bind(
     modules = {name: load_backend(name) for name in names}
     _check_overrides(pinned)
     known = {name: (probes or {}).get(name) or modules[name].probe() for name in names}
-    ops, chosen = SimpleNamespace(), {}
+    ops = SimpleNamespace()
+    chosen: dict[str, Choice] = {}
     names_wanted = dict.fromkeys(n for op in only or CONTRACTS for n in (*CONTRACTS[op].parts, op))
     wanted = [CONTRACTS[n] for n in names_wanted]
     for contract in sorted(wanted, key=lambda c: bool(c.parts)):

@@ -1,8 +1,8 @@
 """Prompts on which no choice of the model is a near tie.
 
-Two fp32 evaluations differ by about 1e-6 of scale in a score. An expert or an entry chosen by less than that can be refused by the
-other evaluation, and the logits then move by far more than rounding. Tests that compare within a tolerance take their prompts from
-here, so that the tolerance need not cover such flips.
+Two fp32 evaluations differ by about 1e-6 of scale in a score. An expert or an entry chosen by less than that can be refused
+by the other evaluation, and the logits then move by far more than rounding. Tests that compare within a tolerance take their
+prompts from here, so that the tolerance need not cover such flips.
 """
 
 from __future__ import annotations

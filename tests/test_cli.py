@@ -16,8 +16,9 @@ import v4
 from ops.contract import CONTRACTS
 from ops.registry import NoImplementation
 from tests import tiny
-from tools import doctor
+from tools import doctor, generate
 from tools.cli import main
+from v4.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE_KEYS = {"text", "tokens", "tokens_per_second", "backend", "ops", "prompt_tokens", "prefill_seconds", "stopped"}
@@ -194,10 +195,13 @@ def test_options_win_over_the_run_file(fake: Fake, tmp_path: Path) -> None:
     assert (fake.asked["temperature"], fake.asked["top_k"], fake.asked["top_p"]) == (0.5, 9, 0.25)
 
 
-def test_prompts_take_the_chat_format(fake: Fake, talking: Path, tmp_path: Path) -> None:
+def test_prompts_take_the_chat_format(fake: Fake, talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(talking)
+    monkeypatch.setattr(generate, "Tokenizer", lambda path: tokenizer)
+
     def prompt(*arguments: str) -> str:
         assert main(["generate", "--model", str(talking), *arguments]) == 0
-        return v4.tokenizer.Tokenizer(talking).decode(fake.asked["ids"])
+        return tokenizer.decode(fake.asked["ids"])
 
     assert prompt("Hi") == "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>"
     assert prompt("Hi", "--thinking").endswith("<｜Assistant｜><think>")
@@ -221,7 +225,7 @@ def test_generate_streams_what_json_reports(talking: Path, capsys: pytest.Captur
     assert set(found) == GENERATE_KEYS | {"acceptance"}
     assert len(found["tokens"]) == 4 or found["stopped"] == "stop"
     assert {row["op"] for row in found["ops"]} == set(CONTRACTS)
-    assert found["text"] == v4.tokenizer.Tokenizer(talking).decode(found["tokens"], skip_special=True)
+    assert found["text"] == Tokenizer(talking).decode(found["tokens"], skip_special=True)
     assert main([*command, "--explain"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(found["text"] + "\n")

@@ -146,6 +146,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3', expected 'deepseek_v4'"),
     ({"slidng_window": 128}, r"unknown key 'slidng_window'; did you mean 'sliding_window'\?"),
     ({"kv_source_layer_ids": [2]}, "unknown key 'kv_source_layer_ids'"),
+    ({"weight_block_size": [128, 128]}, "unknown key 'weight_block_size'"),
     ({"layer_types": []}, "'layer_types': this file was rewritten by transformers"),
     ({"hidden_size": None}, "missing hidden_size"),
     ({"hidden_size": "4096"}, "hidden_size is '4096', expected an integer"),

@@ -98,7 +98,9 @@ def test_reference_is_float64_clean(name: str) -> None:
         shapes = _flat(contract.meta(*sample.args, **sample.kwargs))
         for out, shape in zip(outputs, shapes, strict=False):
             assert out.shape == shape.shape
-            if shape.dtype in (torch.float32, torch.bfloat16) and not contract.name.startswith(("roundtrip", "quant", "moe_dispatch")):
+            if shape.dtype in (torch.float32, torch.bfloat16) and not contract.name.startswith(
+                ("roundtrip", "quant", "moe_dispatch")
+            ):
                 assert out.dtype == torch.float64, f"{name}: golden output is {out.dtype}"
 
 

@@ -80,6 +80,8 @@ TRAPS = [
     Trap(9, "separate softmaxes", in_op("sparse_attention", faults.two_softmaxes), LOGITS),
     Trap(9, "sink scaled", in_op("sparse_attention", faults.scaled_sink), LOGITS),
     Trap(9, "sink left out", in_op("sparse_attention", faults.no_sink), LOGITS),
+    Trap(10, "E8M0 scales read as numbers", faults.scales_as_numbers, checks.freshly_loaded_logits_equal_transformers),
+    Trap(10, "high nibble first", faults.high_nibble_first, checks.freshly_loaded_logits_equal_transformers),
     Trap(10, "hash layers weight their experts equally", in_op("gate_hash", faults.equal_hash_weights), LOGITS),
     Trap(10, "hash layers choose by score", in_op("gate_hash", faults.hash_experts_by_score), LOGITS),
     Trap(10, "MTP takes the collapsed state", faults.collapsed_mtp_input, checks.mtp_logits_equal_transformers),

@@ -80,7 +80,7 @@ def config(ratios: list[int], **changes: Any) -> dict[str, Any]:
 
 
 MODELS: Mapping[str, tuple[dict[str, Any], str]] = {
-    "flash": (config([0, 0, 4, 128, 4], num_hash_layers=3), "hub"),
+    "flash": (config([0, 0, 4, 128, 4], num_hash_layers=3, moe_intermediate_size=128), "hub"),
     "pro": (
         config([128, 128, 4, 128, 4], num_hash_layers=3, o_groups=4, index_topk=16, routed_scaling_factor=2.5, sliding_window=64),
         "f32",

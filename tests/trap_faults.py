@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import v4.packing
 import v4.rope
 from tests import spec_formulas
 from tests.trap_checks import frequencies, model
@@ -177,11 +178,11 @@ def no_sentinels(index_topk: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def scaled_sink(attention: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda q, window, table, sink, *args, **kw: attention(q, window, table, sink * kw["scale"], *args, **kw)
+    return lambda q, rows, table, sink, *args, **kw: attention(q, rows, table, sink * kw["scale"], *args, **kw)
 
 
 def no_sink(attention: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda q, window, table, sink, *args, **kw: attention(q, window, table, sink - 1e4, *args, **kw)
+    return lambda q, rows, table, sink, *args, **kw: attention(q, rows, table, sink - 1e4, *args, **kw)
 
 
 def two_softmaxes(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,3 +225,16 @@ def collapsed_mtp_input(patch: pytest.MonkeyPatch) -> None:
         return draft(self, self.norm(self.hc_head.head(streams_TnD))[:, None].expand_as(streams_TnD).contiguous(), *args)
 
     patch.setattr(Model, "draft", call)
+
+
+def scales_as_numbers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(v4.packing, "e8m0_values", lambda scale: scale.view(torch.uint8).float())
+
+
+def high_nibble_first(patch: pytest.MonkeyPatch) -> None:
+    table = v4.packing._fp4_table
+
+    def swapped(dtype: torch.dtype) -> Tensor:
+        return table(dtype).view(dtype).view(256, 2).flip(1).contiguous().view(table(dtype).dtype).flatten()
+
+    patch.setattr(v4.packing, "_fp4_table", swapped)

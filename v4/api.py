@@ -6,7 +6,8 @@ Shapes: T tokens of a sequence, V vocabulary.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,10 +38,14 @@ def chain_of(backend: str, *, strict: bool = False, batch_invariant: bool = Fals
     return (backend,) if strict or backend == "cpu" else (backend, "cpu")
 
 
-def plan_settings(config: Config, checkpoint: Checkpoint, ops: SimpleNamespace, dtype: torch.dtype, numerics: str, fmt: Format) -> Settings:
+def plan_settings(
+    config: Config, checkpoint: Checkpoint, ops: SimpleNamespace, dtype: torch.dtype, numerics: str, fmt: Format
+) -> Settings:
     """How the graph is built for a checkpoint as stored: packed weights are kept only under numerics="reference"."""
     if numerics not in NUMERICS:
-        raise ValueError(f"numerics={numerics!r}: expected 'exact' (no quantisation simulated) or 'reference' (the official round trips)")
+        raise ValueError(
+            f"numerics={numerics!r}: expected 'exact' (no quantisation simulated) or 'reference' (the official round trips)"
+        )
     reference = numerics == "reference"
     packed = reference and checkpoint.dtype_of("layers.0.attn.wq_a.weight") == "F8_E4M3"
     stored = checkpoint.dtype_of("layers.0.ffn.experts.0.w1.weight")
@@ -73,7 +78,9 @@ class LoadedModel:
         if min(found) < 0 or max(found) >= self.config.vocab_size:
             raise ValueError(f"token ids must lie in [0, {self.config.vocab_size}); found {min(found)} to {max(found)}")
         if len(found) > self.max_context:
-            raise ValueError(f"context of {len(found)} tokens: this model was loaded for {self.max_context}; raise max_context or shorten")
+            raise ValueError(
+                f"context of {len(found)} tokens: this model was loaded for {self.max_context}; raise max_context or shorten"
+            )
         return found
 
     def logits(self, ids: Seq[int] | Tensor, chunks: Seq[int] | None = None) -> Tensor:
@@ -184,6 +191,10 @@ def load(
     model = Model(plan_settings(config, checkpoint, binding.ops, dtype, numerics, cache_format), mtp=mtp and checkpoint.has_mtp)
     _refuse_too_large(parameter_bytes(model), module.memory_available(), "the weights")
     report = load_parameters(model, checkpoint, dtype=dtype, device=module.DEVICE, progress=progress, include_mtp=mtp)
-    tokenizer = Tokenizer(checkpoint.path) if (checkpoint.path / "tokenizer.json").is_file() and importlib.util.find_spec("tokenizers") else None
+    tokenizer = (
+        Tokenizer(checkpoint.path)
+        if (checkpoint.path / "tokenizer.json").is_file() and importlib.util.find_spec("tokenizers")
+        else None
+    )
     texts = PromptTexts.from_checkpoint(checkpoint.path)
     return LoadedModel(config, Runner(model), binding, backend, report, limit, tokenizer, texts)

@@ -60,7 +60,8 @@ class Attention(nn.Module):
         self._insert(ops.rope(self.kv_norm(self.wkv(x)), cos, sin), cache.window, batch.window_slots)
         table = index_Tk = None
         if self.compressor is not None:
-            assert cache.state is not None and cache.entries is not None
+            assert cache.state is not None
+            assert cache.entries is not None
             self._insert(self.compressor(x_TD, cache.state, batch), cache.entries, batch.entries[self.ratio].slots)
             table = batch.tables[f"entries{self.ratio}"]
             if self.indexer is not None:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ops.cache import fp8_row_parts
 from v4.config import Config
 
 SLACK = 64
 """Tokens a sequence may be rolled back by: the longest draft that can be rejected."""
-
-FP8_ROW_EXTRA = 8
 
 
 @dataclass(frozen=True)
@@ -97,12 +96,16 @@ class Group:
                 first = max(first, end - spec.keep)
         b0, b1 = first // spec.block_rows, -(-last // spec.block_rows)
         if b1 > self.width:
-            raise CacheFull(f"cache group {spec.name}: token {end} needs {b1} blocks, the cache was built for {self.width}; raise max_context")
+            raise CacheFull(
+                f"cache group {spec.name}: token {end} needs {b1} blocks, the cache was built for {self.width}; raise max_context"
+            )
         row = self._rows[slot]
         for block in range(b0, b1):
             if row[block] == 0:
                 if not self._free:
-                    raise CacheFull(f"cache group {spec.name}: all {self.blocks - 1} blocks are in use; build it for more sequences or chunks")
+                    raise CacheFull(
+                        f"cache group {spec.name}: all {self.blocks - 1} blocks are in use; build it for more sequences or chunks"
+                    )
                 row[block] = heapq.heappop(self._free)
 
     def _release(self, slot: int, first: int, end: int) -> None:
@@ -159,10 +162,7 @@ class LayerCache:
 def row_bytes(config: Config, fmt: Format, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of one attention row and of one index key under a format."""
     item = torch.empty((), dtype=dtype).element_size()
-    rope = config.qk_rope_head_dim
-    nope = config.head_dim - rope
-    scales = -(-(nope // 64) // FP8_ROW_EXTRA) * FP8_ROW_EXTRA
-    kv = config.head_dim * item if fmt.kv == "plain" else nope + 2 * rope + scales
+    kv = config.head_dim * item if fmt.kv == "plain" else sum(fp8_row_parts(config.head_dim, config.qk_rope_head_dim))
     d = config.index_head_dim
     index = {"plain": d * item, "fp8": d + 4, "fp4": d // 2 + d // 32}[fmt.index]
     return kv, index
@@ -187,7 +187,9 @@ class Cache:
         fmt: Format = Format(),
     ) -> None:
         if min(max_tokens, max_sequences, max_chunk) < 1:
-            raise ValueError(f"cache sizes must be positive; found tokens {max_tokens}, sequences {max_sequences}, chunk {max_chunk}")
+            raise ValueError(
+                f"cache sizes must be positive; found tokens {max_tokens}, sequences {max_sequences}, chunk {max_chunk}"
+            )
         self.config, self.ratios, self.format = config, tuple(ratios), fmt
         self.max_tokens, self.max_chunk = max_tokens, max_chunk
         self.groups = {
@@ -231,7 +233,9 @@ class Cache:
         """Blocks for the next `tokens` tokens in every group. CacheFull past max_tokens, ValueError past max_chunk."""
         end = sequence.length + tokens
         if end > self.max_tokens:
-            raise CacheFull(f"sequence of {end} tokens: the cache was built for {self.max_tokens}; raise max_context or shorten the prompt")
+            raise CacheFull(
+                f"sequence of {end} tokens: the cache was built for {self.max_tokens}; raise max_context or shorten the prompt"
+            )
         if tokens > self.max_chunk:
             raise ValueError(f"chunk of {tokens} tokens: the cache was built for chunks of at most {self.max_chunk}")
         for group in self.groups.values():

@@ -145,13 +145,14 @@ class Config:
             if key in v and (found := v.pop(key)) != expected:
                 raise ConfigError(f"{key} is {found!r}; only {expected!r} is implemented")
         quantization = v.pop("quantization_config", None)
-        v["dspark"] = any(str(k).startswith("dspark") for k in values)
-        known = {f.name for f in fields(cls)}
+        # these two fields are derived: no file states them under these names
+        known = {f.name for f in fields(cls)} - {"dspark", "weight_block_size"}
         for key in list(v):
             if key in _IGNORED or key == "model_type":
                 del v[key]
             elif key not in known:
                 raise ConfigError(_unknown(key, known))
+        v["dspark"] = any(str(k).startswith("dspark") for k in values)
         _read_quantization(v, quantization)
         if v.get("rope_scaling") is not None:
             v["rope_scaling"] = _read_scaling(v["rope_scaling"])

@@ -6,7 +6,8 @@ Shapes: n streams, D hidden, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +121,9 @@ def generate(
     if speculative and not sampler.greedy:
         raise ValueError("speculative decoding verifies greedy drafts: set temperature to 0 or turn speculation off")
     session = runner.session(
-        max_tokens=len(ids) + max_new_tokens + speculative, max_chunk=max(min(chunk, len(ids)), speculative + 1), drafts=speculative > 0
+        max_tokens=len(ids) + max_new_tokens + speculative,
+        max_chunk=max(min(chunk, len(ids)), speculative + 1),
+        drafts=speculative > 0,
     )
     sequence = session.cache.new_sequence()
     drafter = Drafter(runner, session.draft_cache, speculative) if session.draft_cache else None

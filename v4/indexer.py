@@ -42,7 +42,8 @@ class Indexer(nn.Module):
 
     def forward(self, x_TD: Tensor, qr: Tensor | Quantised, cache: LayerCache, batch: Batch) -> Tensor:
         """Entry numbers int32 [T, k], -1 where fewer are visible. Stores this call's index keys first."""
-        assert cache.index_keys is not None and cache.index_state is not None
+        assert cache.index_keys is not None
+        assert cache.index_state is not None
         keys_Ed = self.compressor(x_TD, cache.index_state, batch)
         self._insert(keys_Ed, cache.index_keys, batch.entries[4].slots)
         cos, sin = batch.rope[True]

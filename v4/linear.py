@@ -46,11 +46,15 @@ class Linear(nn.Module):
 
     def prepare(self, x_TK: Tensor) -> Tensor | Quantised:
         """Quantise activations once for several packed layers; dense layers take them as they are."""
-        return Quantised(*self.ops.quant_fp8(x_TK), x_TK.dtype) if self.packed else x_TK
+        if not self.packed:
+            return x_TK
+        values, scales = self.ops.quant_fp8(x_TK)
+        return Quantised(values, scales, x_TK.dtype)
 
     def forward(self, x_TK: Tensor | Quantised) -> Tensor:
         """[T, K] -> [T, N] in the activation type; accepts the result of `prepare`."""
         if not self.packed:
             return self.ops.linear(x_TK, self.weight)
-        x = x_TK if isinstance(x_TK, Quantised) else Quantised(*self.ops.quant_fp8(x_TK), x_TK.dtype)
+        x = x_TK if isinstance(x_TK, Quantised) else self.prepare(x_TK)
+        assert isinstance(x, Quantised)
         return self.ops.linear_fp8(x.values, self.weight, self.scale, x_scale=x.scales, out_dtype=x.dtype)

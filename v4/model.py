@@ -97,11 +97,17 @@ class Model(nn.Module):
         """Streams of the wanted rows -> logits fp32 [R, V]."""
         return self.ops.linear(self.norm(self.hc_head.head(streams_RnD)), self.head.weight, out_dtype=torch.float32)
 
+    @property
+    def _drafter(self) -> MTPBlock:
+        block = self.mtp[0]
+        assert isinstance(block, MTPBlock)
+        return block
+
     def draft(self, streams_TnD: Tensor, next_ids_T: Tensor, batch: Batch, cache: Cache) -> Tensor:
         """One MTP step: streams at each position and the token after it -> streams [T, n, D] that predict one token further."""
-        return self.mtp[0].draft(self.embed(next_ids_T), streams_TnD, batch, cache.layers[0])
+        return self._drafter.draft(self.embed(next_ids_T), streams_TnD, batch, cache.layers[0])
 
     def draft_logits(self, streams_RnD: Tensor) -> Tensor:
         """Logits fp32 [R, V] of MTP streams, through the block's own head collapse and norm and the shared LM head."""
-        block = self.mtp[0]
+        block = self._drafter
         return self.ops.linear(block.norm(block.hc_head.head(streams_RnD)), self.head.weight, out_dtype=torch.float32)

@@ -39,9 +39,13 @@ class Runner:
         """Caches for `max_sequences` sequences of `max_tokens` tokens. ValueError beyond the model's position range."""
         limit = self.model.config.max_position_embeddings
         if max_tokens > limit:
-            raise ValueError(f"context of {max_tokens} tokens: the model's max_position_embeddings is {limit}; shorten the prompt")
+            raise ValueError(
+                f"context of {max_tokens} tokens: the model's max_position_embeddings is {limit}; shorten the prompt"
+            )
         if drafts and not self.model.mtp:
-            raise ValueError("drafts need the MTP block: this checkpoint has none, or it was loaded without; turn speculation off")
+            raise ValueError(
+                "drafts need the MTP block: this checkpoint has none, or it was loaded without; turn speculation off"
+            )
 
         def cache(ratios: Seq[int]) -> Cache:
             s = self.model.settings

@@ -7,9 +7,8 @@ E experts, I expert width, H heads, C head width, G output groups, n streams.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from v4.config import Config
 
@@ -24,8 +23,7 @@ BLOCK = 128
 GROUP = 32
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One stored tensor: hub name, safetensors type name, shape as stored (packed FP4: half the columns)."""
 
     name: str

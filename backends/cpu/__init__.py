@@ -3,5 +3,18 @@
 from backends.cpu import attention, cache, comm, compress, hyper, indexer, linear, moe, norm, quant, rope, sample
 from backends.cpu.probe import DEVICE, memory_available, probe
 
-__all__ = ["DEVICE", "attention", "cache", "comm", "compress", "hyper", "indexer", "linear", "memory_available", "moe", "norm", "probe"]
+__all__ = [
+    "DEVICE",
+    "attention",
+    "cache",
+    "comm",
+    "compress",
+    "hyper",
+    "indexer",
+    "linear",
+    "memory_available",
+    "moe",
+    "norm",
+    "probe",
+]
 __all__ += ["quant", "rope", "sample"]

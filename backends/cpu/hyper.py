@@ -24,16 +24,17 @@ def _collapse(
 ) -> tuple[Tensor, Tensor]:
     """Mixes u [T, rows of fn] and the streams weighted by the first n of them, in the streams' type."""
     t, n, d = streams_TnD.shape
-    u = torch.empty(t, fn.shape[0])
-    out_TD = streams_TnD.new_empty(t, d)
-    step = piece_rows(streams_TnD) if streams_TnD.numel() > PIECE else max(t, 1)
-    for i in range(0, t, step):
-        x = streams_TnD[i : i + step].float()
-        f = x.flatten(1)
-        part = torch.mul(matmul_nt(f, fn), inverse_rms(f, norm_eps), out=u[i : i + step])
-        pre = torch.addcmul(base_n, part[:, :n], scale).sigmoid_().add_(hc_eps)
-        out_TD[i : i + step] = torch.bmm(pre[:, None], x).squeeze(1)
-    return u, out_TD
+    if streams_TnD.numel() > PIECE and t > 1:
+        u, out_TD, step = torch.empty(t, fn.shape[0]), streams_TnD.new_empty(t, d), piece_rows(streams_TnD)
+        for i in range(0, t, step):
+            part = _collapse(streams_TnD[i : i + step], fn, scale, base_n, norm_eps, hc_eps)
+            u[i : i + step], out_TD[i : i + step] = part
+        return u, out_TD
+    x = streams_TnD.float()
+    f = x.flatten(1)
+    u = matmul_nt(f, fn).mul_(inverse_rms(f, norm_eps))
+    pre = torch.addcmul(base_n, u[:, :n], scale).sigmoid_().add_(hc_eps)
+    return u, torch.bmm(pre[:, None], x).squeeze(1).to(streams_TnD.dtype)
 
 
 @functools.lru_cache(maxsize=8)
@@ -105,9 +106,11 @@ def _hc_pre(
     streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float, iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     t, n, _ = streams_TnD.shape
-    u, x_TD = _collapse(streams_TnD, fn, scale[0], base[:n], norm_eps, hc_eps)
-    post = torch.addcmul(base[n : 2 * n], u[:, n : 2 * n], scale[1]).sigmoid_().mul_(2)
-    logits = torch.addcmul(base[2 * n :], u[:, 2 * n :], scale[2])
+    (s0, s1, s2), (b0, b1, b2) = scale.unbind(), base.split((n, n, n * n))
+    u, x_TD = _collapse(streams_TnD, fn, s0, b0, norm_eps, hc_eps)
+    _, u1, u2 = u.split((n, n, n * n), 1)
+    post = torch.addcmul(b1, u1, s1).sigmoid_().mul_(2)
+    logits = torch.addcmul(b2, u2, s2)
     return x_TD, post, _sinkhorn(logits.view(t, n, n), hc_eps, iters)
 
 

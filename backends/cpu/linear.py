@@ -17,16 +17,21 @@ from ops.linear import grouped_linear, linear, linear_fp4, linear_fp8, linear_in
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _onednn = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
 _product = torch.nn.functional.linear
-# oneDNN costs about 13 microseconds more per call: as long as reading this many fp32 weights takes
-_ONEDNN_WEIGHTS = 1 << 18
+# oneDNN costs about 13 microseconds more per call: as long as reading this many fp32 weights takes, or multiplying so many rows
+_ONEDNN_WEIGHTS, _ONEDNN_ROWS = 1 << 18, 64
 _BF16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# two rows (one drafted token) of at most this width go through BLAS faster with the weight as the left operand
+_PAIR_WIDTH = 1024
 # bytes of decoded weights in flight: a share of the second-level cache for few tokens, more when the product dominates
 _FEW, _MANY, _TOKENS = 2 << 20, 16 << 20, 64
 
 
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
     """x [M, K] @ w [N, K].T for operands of one float type, fp32 accumulation; returns [M, N] in that type."""
-    if _onednn is not None and w.numel() >= _ONEDNN_WEIGHTS and x.dtype == torch.float32 and x.shape[0]:
+    rows = x.shape[0]
+    if rows and x.dtype == torch.float32 and _onednn is not None and (rows >= _ONEDNN_ROWS or w.numel() >= _ONEDNN_WEIGHTS):
+        if rows == 2 and x.shape[1] <= _PAIR_WIDTH:
+            return torch.mm(w, x.t()).t().contiguous()
         return _onednn(x, w, None, "none", [], "")
     return _product(x, w)
 

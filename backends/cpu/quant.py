@@ -200,4 +200,10 @@ def _matrix(n: int) -> Tensor:
 
 @contracts.hadamard.implement("cpu")
 def _hadamard(x: Tensor) -> Tensor:
-    return (x.float() @ _matrix(x.shape[-1])).to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.numel() <= PIECE:
+        return (rows.float() @ _matrix(x.shape[-1])).to(x.dtype).view(x.shape)
+    y = torch.empty_like(rows)
+    for piece in _pieces(rows):
+        y[piece] = rows[piece].float() @ _matrix(x.shape[-1])
+    return y.view(x.shape)

@@ -31,8 +31,12 @@ def _rotate(y: Tensor, turn: Tensor) -> None:
 
 @rope.implement("cpu")
 def _rope(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, inverse: bool = False) -> Tensor:
-    y, turn = torch.empty_like(x, memory_format=torch.contiguous_format), _turns(cos_TR2, sin_TR2, inverse, x.dim())
-    step = piece_rows(x) if x.numel() > PIECE else max(x.shape[0], 1)
+    turn = _turns(cos_TR2, sin_TR2, inverse, x.dim())
+    if x.numel() <= PIECE:
+        y = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        _rotate(y, turn)
+        return y.to(x.dtype)
+    y, step = torch.empty_like(x, memory_format=torch.contiguous_format), piece_rows(x)
     for i in range(0, x.shape[0], step):
         part = y[i : i + step]
         part.copy_(x[i : i + step])
@@ -42,8 +46,13 @@ def _rope(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, inverse: bool = False)
 
 @q_norm_rope.implement("cpu")
 def _q_norm_rope(q_THC: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float) -> Tensor:
-    y, turn = torch.empty_like(q_THC, memory_format=torch.contiguous_format), _turns(cos_TR2, sin_TR2, False, 3)
-    step = piece_rows(q_THC) if q_THC.numel() > PIECE else max(q_THC.shape[0], 1)
+    turn = _turns(cos_TR2, sin_TR2, False, 3)
+    if q_THC.numel() <= PIECE:
+        wide = q_THC.float().contiguous()
+        out = wide * inverse_rms(wide, eps)
+        _rotate(out, turn)
+        return out.to(q_THC.dtype)
+    y, step = torch.empty_like(q_THC, memory_format=torch.contiguous_format), piece_rows(q_THC)
     for i in range(0, q_THC.shape[0], step):
         part = q_THC[i : i + step]
         wide = part.float()

@@ -1,0 +1,66 @@
+"""The support table of README.md: op x backend x activation type x SoC, read from the registered implementations.
+
+`python -m tools.support --write` puts it between the marks; a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from backends import NAMES
+from ops import CONTRACTS
+from ops.contract import Contract
+from ops.registry import load_backend
+
+BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
+README = Path(__file__).resolve().parent.parent / "README.md"
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def cell(contract: Contract, backend: str) -> str:
+    """What a backend offers for an op: types and SoCs it is limited to, "any" without limits, "composed", or a dash."""
+    impl = contract.impls.get(backend)
+    if impl is None:
+        return f"composed of {', '.join(contract.parts)}" if contract.parts else "-"
+    types = ", ".join(sorted(_SHORT.get(d, str(d)) for d in impl.dtypes)) or "any type"
+    chips = ", ".join(sorted(impl.soc)) or "any chip"
+    return (
+        f"{types}; {chips}" + (f"; needs {', '.join(impl.needs)}" if impl.needs else "") + ("; some shapes" if impl.when else "")
+    )
+
+
+def table() -> str:
+    """Markdown table with a row per op and a column per backend."""
+    for name in NAMES:
+        load_backend(name)
+    lines = ["| op | " + " | ".join(NAMES) + " |", "|---" * (len(NAMES) + 1) + "|"]
+    for name in sorted(CONTRACTS):
+        lines.append(f"| {name} | " + " | ".join(cell(CONTRACTS[name], b) for b in NAMES) + " |")
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """README text with the table between the marks. ValueError when a mark is absent."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md: found no {BEGIN} ... {END}, expected both marks around the support table")
+    head, rest = text.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, or write it into README.md with --write."""
+    options = argparse.ArgumentParser(prog="python -m tools.support", description=__doc__)
+    options.add_argument("--write", action="store_true", help="put the table into README.md")
+    if options.parse_args(argv).write:
+        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
