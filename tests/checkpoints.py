@@ -9,18 +9,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ops.quant import dequant_fp8_block, dequant_mxfp4
 from tests import tiny
-from v4.checkpoint import TORCH_TYPES
+from v4.checkpoint import TORCH_TYPES, Checkpoint
 from v4.config import Config
+from v4.errors import CheckpointError
+from v4.load import load_parameters
 from v4.make import make
 from v4.tensors import checkpoint_tensors
+from v4.verify import verify
 
-CONFIG = Config.from_dict(tiny.config([0, 4, 128], n_routed_experts=4, vocab_size=128))
+_SIZES = {
+    "vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 64, "qk_rope_head_dim": 16, "q_lora_rank": 32, "o_groups": 2,
+    "o_lora_rank": 32, "index_n_heads": 32, "index_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32, "num_hash_layers": 1,
+}  # fmt: skip
+CONFIG = Config.from_dict(tiny.config([0, 4, 128], **_SIZES))
 """One layer of each kind; widths that are no multiples of 128."""
 WIDE = Config.from_file(Path(__file__).parents[1] / "configs" / "tiny.json")
 """Widths that are multiples of 128, so that everything can stay packed."""
@@ -37,22 +46,22 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="v4-checkpoints-")
 
 
-@functools.cache
 def sound(config: Config = CONFIG, storage: str = "hub", values_from: str | None = None) -> Path:
     """A checkpoint of seed 0, removed when the interpreter ends; not to be changed."""
     path = Path(_folder().name) / f"{config.hidden_size}-{storage}-{values_from}"
-    make(config, path, 0, storage=storage, values_from=values_from, extra_files=EXTRA)
+    if not path.exists():
+        make(config, path, 0, storage=storage, values_from=values_from, extra_files=EXTRA)
     return path
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None], shard: str = SHARD) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object], shard: str = SHARD) -> None:
     """Change the tensors of a shard and write it again, well formed."""
     tensors = {k: v.clone() for k, v in load_file(path / shard).items()}
     change(tensors)
     save_file(tensors, path / shard)
 
 
-def rewrite_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
@@ -117,4 +126,34 @@ def expected_dense(path: Path) -> dict[str, Tensor]:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    )
+
+
+def check(error: CheckpointError, kind: str, file: str, tensor: str | None, found: str, expected: str) -> None:
+    assert (error.kind, error.file, error.tensor) == (kind, file, tensor), error
+    assert found in error.found, error
+    assert expected in error.expected, error
+    for part in (kind, file, tensor or "", found, expected):
+        assert part in str(error)
+
+
+def refused(path: Path, kind: str, *, file: str = SHARD, tensor: str | None, found: str, expected: str) -> CheckpointError:
+    """The damage is refused when the checkpoint is opened, and listed by verify in the same words."""
+    with pytest.raises(CheckpointError) as info:
+        Checkpoint(path)
+    check(info.value, kind, file, tensor, found, expected)
+    check(next(f for f in verify(path).findings if f.kind == kind), kind, file, tensor, found, expected)
+    return info.value
+
+
+def refused_at_load(path: Path, kind: str, *, file: str = SHARD, tensor: str, found: str, expected: str) -> None:
+    """Headers are sound, values are not: loading refuses, verify lists it in the same words."""
+    checkpoint = Checkpoint(path)
+    with pytest.raises(CheckpointError) as info:
+        load_parameters(module(parameters_of(CONFIG, torch.float32)), checkpoint, dtype=torch.float32)
+    check(info.value, kind, file, tensor, found, expected)
+    check(next(f for f in verify(path).findings if f.kind == kind), kind, file, tensor, found, expected)

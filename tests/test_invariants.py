@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,7 +30,7 @@ CASES = list(itertools.product(MODES, NAMES))
 LENGTH = {"invariant": 200, "default": tiny.LENGTH}
 """Tokens per sequence; bitwise mode computes token by token, and slowly. HCA completes an entry in both."""
 SEQUENCES = 4
-few = settings(max_examples=4, deadline=None, derandomize=True)
+few = settings(max_examples=4, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 
 
 @functools.cache
@@ -183,6 +183,12 @@ def test_rollback_across_completed_entries(mode: str) -> None:
         detours |= {200: 64, 255: 3, 256: 40}
     found = run_with_detours(loaded(mode, "pro"), ids_of("pro", 0, LENGTH[mode]), detours)
     assert_same(found, one_shot(mode, "pro"), mode, "pro")
+
+
+def test_a_long_chunk_after_a_rollback() -> None:
+    """Blocks of the tokens that were undone and of the chunk's own live range are needed at the same time."""
+    found = run_with_detours(loaded("default", "flash"), ids_of("flash"), {49: SLACK})
+    assert_same(found, one_shot("default", "flash"), "default", "flash")
 
 
 # ---- speculation -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ def make(config: Config, **changes: object) -> Cache:
 
 
 def live_rows(group: Group, length: int) -> range:
-    first = 0 if group.spec.keep is None else max(length - group.spec.keep, 0)
+    # SLACK of the kept rows are for rollbacks that have already happened
+    first = 0 if group.spec.keep is None else max(length - (group.spec.keep - SLACK), 0)
     return range(first // group.spec.tokens_per_row, length // group.spec.tokens_per_row)
 
 

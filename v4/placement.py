@@ -17,6 +17,7 @@ from torch import Tensor
 from v4.checkpoint import TORCH_TYPES, Checkpoint
 from v4.errors import CheckpointError
 from v4.shards import StoredTensor
+from v4.tensors import BLOCK
 
 _EXPERTS = re.compile(r"(.*\.ffn\.experts)\.(w13|w2|s13|s2)")
 _SHARED = re.compile(r"(.*\.ffn\.shared_experts)\.w13\.(weight|scale)")
@@ -83,12 +84,25 @@ def _way(stored: StoredTensor, parameter: str, wanted: torch.dtype) -> str:
     )
 
 
+def _check_stackable(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """w1 and w3 under common 128-row blocks: the second half must start on a block of its own."""
+    for name in parameters:
+        if (m := _SHARED.fullmatch(name)) and m[2] == "scale":
+            stored = checkpoint.tensors.get(f"{m[1]}.w1.weight")
+            if stored is not None and stored.shape[0] % BLOCK:
+                raise ValueError(
+                    f"{name}: found an expert width of {stored.shape[0]}, expected a multiple of {BLOCK} to keep w1 and w3 packed in one "
+                    "matrix; load with dense weights (numerics='exact')"
+                )
+
+
 def place(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, ignored: Collection[str]) -> list[Piece]:
     """Which stored tensor fills what, in file order.
 
     CheckpointError for a stored type or shape that can not become the parameter's; ValueError for parameters that are not filled
     completely, and for tensors used twice or not at all that are not `ignored`.
     """
+    _check_stackable(parameters, checkpoint)
     pieces: list[Piece] = []
     used: Counter[str] = Counter()
     unfilled = []
@@ -103,19 +117,8 @@ def place(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, ignored: Col
             piece = Piece(name, stored, how, expert, rows, scale)
             found = (*stored.shape[:-1], stored.shape[-1] * (2 if how == "fp4" else 1))
             if (shape := tuple(piece.target(parameter).shape)) != found:
-                hint = (
-                    "Packed w1 and w3 can be stacked only when the expert width is a multiple of 128"
-                    if stored.name.endswith(".scale")
-                    else ""
-                )
-                raise CheckpointError(
-                    "wrong shape",
-                    file=stored.file,
-                    tensor=source,
-                    found=str(list(found)),
-                    expected=f"{list(shape)} for {name}",
-                    hint=hint,
-                )
+                wanted = f"{list(shape)} for {name}"
+                raise CheckpointError("wrong shape", file=stored.file, tensor=source, found=str(list(found)), expected=wanted)
             covered += prod(found)
             pieces.append(piece)
             used.update([source] if scale is None else [source, scale.name])

@@ -24,8 +24,9 @@ def _collapse(
 ) -> tuple[Tensor, Tensor]:
     """Mixes u [T, rows of fn] and the streams weighted by the first n of them, in the streams' type."""
     t, n, d = streams_TnD.shape
-    if streams_TnD.numel() > PIECE and t > 1:
-        u, out_TD, step = torch.empty(t, fn.shape[0]), streams_TnD.new_empty(t, d), piece_rows(streams_TnD)
+    step = 2 * piece_rows(streams_TnD)
+    if t > step:
+        u, out_TD = torch.empty(t, fn.shape[0]), streams_TnD.new_empty(t, d)
         for i in range(0, t, step):
             part = _collapse(streams_TnD[i : i + step], fn, scale, base_n, norm_eps, hc_eps)
             u[i : i + step], out_TD[i : i + step] = part
