@@ -51,7 +51,8 @@ class _Gaps:
             self._see(spec_formulas.index_scores(q, w, keys), topk)
             return fn(q, w, cache, table, *rest, ratio=ratio, topk=topk)
 
-        return {"gate_topk": gate, "index_topk": index}.get(name, fn)
+        watched: dict[str, Callable[..., Any]] = {"gate_topk": gate, "index_topk": index}
+        return watched.get(name, fn)
 
 
 @functools.cache

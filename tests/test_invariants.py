@@ -90,6 +90,7 @@ def test_600_tokens_decoded_are_their_prefill(mode: str, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("mode", "name"), [("invariant", "flash"), ("default", "no-choices")])
 def test_10000_tokens_decoded_are_their_prefill(mode: str, name: str) -> None:
     """Bitwise where experts and entries are chosen; within the bound on a model without choices, since among some hundred

@@ -163,17 +163,21 @@ def test_loaded_values_do_not_follow_the_file(tmp_path: Path) -> None:
     assert all(same(v, before[n]) for n, v in found.items())
 
 
-def test_large_parameters_and_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Above 4 MiB a parameter lies in memory of its own that starts on a large page."""
-    config = replace(CONFIG, vocab_size=40_000, num_hidden_layers=1, compress_ratios=(0,), num_nextn_predict_layers=0)
-    make(config, tmp_path / "c", 0, storage="f32")
-    root = module(parameters_of(config, torch.float32))
-    load_parameters(root, Checkpoint(tmp_path / "c"), dtype=torch.float32, progress=True)
-    embed = root.get_parameter("embed.weight")
-    assert same(embed.data, stored(tmp_path / "c")["embed.weight"])
-    assert "load: 100%" in capfd.readouterr().err
-    filled(tmp_path / "c", parameters_of(config, torch.float32), torch.float32)
-    assert "load" not in capfd.readouterr().err
+def test_progress_is_shown_only_when_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    for progress in (True, False):
+        root = module(parameters_of(CONFIG, torch.float32))
+        load_parameters(root, Checkpoint(sound()), dtype=torch.float32, progress=progress)
+        assert ("load: 100%" in capfd.readouterr().err) == progress
+
+
+def test_threads_do_not_change_values_or_the_callers_thread_count() -> None:
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        root = module(parameters_of(CONFIG, torch.float32))
+        load_parameters(root, Checkpoint(sound()), dtype=torch.float32, threads=threads)
+        found.append({n: p.data for n, p in root.named_parameters()})
+    assert all(same(v, found[1][n]) for n, v in found[0].items())
+    assert torch.get_num_threads() == before
 
 
 def test_device_argument_moves_parameters() -> None:

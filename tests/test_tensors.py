@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from v4.config import Config
-from v4.tensors import TensorSpec, plan, section, split
+from v4.tensors import TensorSpec, section, split
 from v4.tensors import checkpoint_tensors as uncached
+from v4.tensors import plan as uncached_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FLASH, PRO, TINY = (Config.from_file(CONFIGS / f"{name}.json") for name in ("flash", "pro", "tiny"))
@@ -19,6 +21,11 @@ FLASH, PRO, TINY = (Config.from_file(CONFIGS / f"{name}.json") for name in ("fla
 @functools.cache
 def checkpoint_tensors(config: Config, storage: str = "hub") -> tuple[TensorSpec, ...]:
     return tuple(uncached(config, storage))
+
+
+@functools.cache
+def plan(config: Config, ranks: int = 1, storage: str = "hub") -> dict[str, Any]:
+    return uncached_plan(config, ranks, storage)
 
 
 def by_name(config: Config, storage: str = "hub") -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -54,7 +54,8 @@ class GroupSpec:
         if self.keep is None:
             return width
         new = max_chunk if self.whole_chunk else min(max_chunk, self.keep)
-        return min(width, -(-(self.keep + new) // self.block_rows) + 3)
+        # blocks of tokens that were rolled back stay until the sequence passes them again
+        return min(width, -(-(self.keep + SLACK + new) // self.block_rows) + 4)
 
 
 def group_specs(config: Config, ratios: Seq[int]) -> dict[str, GroupSpec]:

@@ -2,18 +2,15 @@
 
 The hub's tensors are streamed shard by shard in file order. What is stored as the parameter wants it is read straight into its
 place by several threads; the rest is unpacked or cast in blocks on the way. Parameters live in memory of their own, not in the
-file mapping: a file that changes later can not change a running model, and large pages make products faster.
+file mapping: a file that changes later can not change a running model, and products over mapped files are slower.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
@@ -21,15 +18,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from v4 import memory
 from v4.checkpoint import Checkpoint
 from v4.errors import CheckpointError
 from v4.manifest import verify_files
 from v4.packing import scale_problem, unpack_fp4, unpack_fp8
 from v4.placement import Piece, place
 from v4.shards import StoredTensor
-
-_HUGE_PAGE = 1 << 21
-_READ = 1 << 26
+from v4.workers import COUNT, workers
 
 
 @dataclass(frozen=True)
@@ -45,19 +41,6 @@ class LoadReport:
     def gb_per_s(self) -> float:
         """Stored bytes read per second, in units of 10^9."""
         return self.bytes / 1e9 / self.seconds
-
-
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that is not cleared; large tensors start on a large page where the system has them."""
-    n = prod(shape) * dtype.itemsize
-    if n < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    region = mmap.mmap(-1, n + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    flat = torch.frombuffer(region, dtype=torch.uint8)
-    start = -flat.data_ptr() % _HUGE_PAGE
-    with contextlib.suppress(OSError):  # a kernel without large pages: only speed differs
-        region.madvise(mmap.MADV_HUGEPAGE, start, n // _HUGE_PAGE * _HUGE_PAGE)
-    return flat[start : start + n].view(dtype).view(shape)
 
 
 def _read_into(path: Path, offset: int, target: memoryview) -> None:
@@ -107,15 +90,15 @@ class _Filler:
     def target(self, piece: Piece) -> Tensor:
         if piece.parameter not in self.filling:
             p = self.parameters[piece.parameter]
-            self.filling[piece.parameter] = _allocate(tuple(p.shape), p.dtype)
+            self.filling[piece.parameter] = memory.empty(tuple(p.shape), p.dtype)
         return piece.target(self.filling[piece.parameter])
 
     def check(self, stored: StoredTensor, tensor: Tensor) -> None:
         if problem := check_values(stored, tensor, self.checkpoint.config.n_routed_experts):
             raise problem
 
-    def convert(self, piece: Piece) -> None:
-        source, target = self.checkpoint.get(piece.source.name), self.target(piece)
+    def convert(self, piece: Piece, target: Tensor) -> None:
+        source = self.checkpoint.get(piece.source.name)
         if piece.scale is None:
             self.check(piece.source, source)
             target.copy_(source)
@@ -124,23 +107,22 @@ class _Filler:
         self.check(piece.scale, scale)
         (unpack_fp4 if piece.how == "fp4" else unpack_fp8)(source, scale, target)
 
-    def read(self, piece: Piece, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        data = self.target(piece).view(-1).view(torch.uint8).numpy().data
-        path, begin = self.checkpoint.path / piece.source.file, piece.source.begin
-        return [pool.submit(_read_into, path, begin + at, data[at : at + _READ]) for at in range(0, len(data), _READ)]
+    def read(self, piece: Piece, target: Tensor) -> None:
+        data = target.view(-1).view(torch.uint8).numpy().data
+        _read_into(self.checkpoint.path / piece.source.file, piece.source.begin, data)
+        self.check(piece.source, target)
 
     def run(self, pieces: list[Piece], pool: ThreadPoolExecutor) -> None:
-        """Fill all pieces of one file."""
-        reading = [(p, self.read(p, pool)) for p in pieces if p.how == "read"]
-        for piece in pieces:
-            if piece.how != "read":
-                self.convert(piece)
+        """Fill all pieces of one file. The first error ends it; pieces not yet begun are given up."""
+        jobs = [(p, pool.submit(self.read if p.how == "read" else self.convert, p, self.target(p))) for p in pieces]
+        try:
+            for piece, job in jobs:
+                job.result()
                 self.done(piece)
-        for piece, futures in reading:
-            for future in futures:
-                future.result()
-            self.check(piece.source, self.target(piece))
-            self.done(piece)
+        except BaseException:
+            for _, job in jobs:
+                job.cancel()
+            raise
 
     def done(self, piece: Piece) -> None:
         self.bar.update(piece.bytes)
@@ -161,7 +143,7 @@ def load_parameters(
     progress: bool = False,
     include_mtp: bool = True,
     verify: bool = False,
-    threads: int = 4,
+    threads: int = COUNT,
 ) -> LoadReport:
     """Fill every parameter of `module` from a checkpoint and move it to `device` (None: leave it where it was read).
 
@@ -190,10 +172,7 @@ def load_parameters(
     for piece in pieces:
         by_file.setdefault(piece.source.file, []).append(piece)
     size = sum(p.bytes for p in pieces)
-    with (
-        tqdm(total=size, unit="B", unit_scale=True, desc="load", disable=not progress) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
+    with tqdm(total=size, unit="B", unit_scale=True, desc="load", disable=not progress) as bar, workers(threads) as pool:
         filler = _Filler(module, checkpoint, pieces, device, bar)
         for file_pieces in by_file.values():
             filler.run(file_pieces, pool)

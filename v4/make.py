@@ -19,6 +19,7 @@ from v4.config import Config
 from v4.packing import quantise_fp4, quantise_fp8, unpack_fp4, unpack_fp8
 from v4.save import SaveReport, save
 from v4.tensors import TensorSpec, checkpoint_tensors
+from v4.workers import in_order, workers
 
 _SPREAD = {
     ".ape": (0.0, 0.5),
@@ -96,22 +97,26 @@ def random_tensors(
     if values_from not in (None, "hub"):
         raise ValueError(f"values_from={values_from!r}: expected 'hub' or None")
     hub = {s.name: s for s in checkpoint_tensors(config, "hub")}
-    for spec in checkpoint_tensors(config, storage):
-        if spec.dtype == "F8_E8M0":
-            continue
+
+    def drawn(spec: TensorSpec) -> list[tuple[str, Tensor]]:
         if spec.dtype == "I64":
-            yield spec.name, _draw_table(spec.name, spec.shape, seed, config.n_routed_experts)
-        elif storage == "hub":
-            stored = _stored(spec, seed)
-            if isinstance(stored, Tensor):
-                yield spec.name, stored
-            else:
-                weight, scale = stored
-                yield spec.name, weight.view(torch.int8) if spec.dtype == "I8" else weight
-                yield spec.name[: -len("weight")] + "scale", scale
-        else:
+            return [(spec.name, _draw_table(spec.name, spec.shape, seed, config.n_routed_experts))]
+        if storage != "hub":
             values = _dequantised(hub[spec.name], seed) if values_from == "hub" else _draw(spec.name, spec.shape, seed)
-            yield spec.name, values.to(torch.bfloat16 if spec.dtype == "BF16" else torch.float32)
+            return [(spec.name, values.to(torch.bfloat16 if spec.dtype == "BF16" else torch.float32))]
+        stored = _stored(spec, seed)
+        if isinstance(stored, Tensor):
+            return [(spec.name, stored)]
+        weight, scale = stored
+        return [
+            (spec.name, weight.view(torch.int8) if spec.dtype == "I8" else weight),
+            (spec.name[: -len("weight")] + "scale", scale),
+        ]
+
+    specs = [s for s in checkpoint_tensors(config, storage) if s.dtype != "F8_E8M0"]
+    with workers() as pool:
+        for tensors in in_order(pool, drawn, specs):
+            yield from tensors
 
 
 def make(

@@ -19,7 +19,7 @@ from v4.tensors import BLOCK, GROUP
 SCALE_LOW, SCALE_HIGH = -40, 40
 """Exponents of plausible weight scales; real ones lie near 2^-10."""
 _FLOOR = 1e-4
-_CHUNK = 1 << 18
+_CHUNK = 1 << 17
 
 
 def quantise_fp8(w_NK: Tensor) -> tuple[Tensor, Tensor]:

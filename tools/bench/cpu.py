@@ -50,11 +50,11 @@ class Sizes:
     long_rounds: int = 2
     long_steps: int = 4
     contexts: tuple[int, ...] = (2**12, 2**14, 2**16, 2**18, 2**20)
-    op_steps: int = 12
+    op_rounds: int = 7
 
 
 QUICK = Sizes(
-    prompt=1024, chunks=(256, 512), rounds=3, steps=8, long=(2**16,), long_rounds=1, contexts=(2**12, 2**14, 2**16), op_steps=4
+    prompt=1024, chunks=(256, 512), rounds=3, steps=8, long=(2**16,), long_rounds=1, contexts=(2**12, 2**14, 2**16), op_rounds=3
 )
 
 
@@ -141,8 +141,8 @@ def measure_ops(own: Own, sizes: Sizes, say: Callable[[str], None]) -> list[dict
     rows = []
     for tokens in sizes.contexts:
         own.synthetic(tokens - 64)
-        own.op_seconds(2)
-        spent = own.op_seconds(sizes.op_steps)
+        own.op_seconds(1)
+        spent = own.op_seconds(sizes.op_rounds)
         own.reset()
         gc.collect()
         say(f"ops at {tokens}: step {spent['step']:.4f} s")

@@ -16,7 +16,8 @@ def context_plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     tokens = [r["tokens"] for r in report["ops"]]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    axes.set_prop_cycle(color=[pyplot.get_cmap("tab20")(i) for i in range(20)])
     for op in top_ops(report):
         axes.plot(tokens, [r["seconds"].get(op, 0.0) * 1e3 for r in report["ops"]], marker="o", markersize=3, label=op)
     axes.plot(tokens, [r["seconds"]["step"] * 1e3 for r in report["ops"]], color="black", linewidth=2, label="whole step")
@@ -25,7 +26,7 @@ def context_plot(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("ms per decode step")
     axes.set_title(f"{report['machine']['processor']}, {report['machine']['threads']} threads, fp32")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

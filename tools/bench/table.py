@@ -50,7 +50,8 @@ def markdown(report: dict[str, Any]) -> str:
     """Machine, comparison table, and time of each op against context."""
     m = report["machine"]
     lines = [
-        f"{m['processor']}, {m['threads']} threads, {m['capability']}, torch {m['torch']}, transformers {m['transformers']}, fp32.",
+        f"{m['processor']}, {m['threads']} threads, {m['capability']}, fp32, torch {m['torch']}, "
+        f"transformers {m['transformers']}; load average at the start {m['load_average']:.1f}.",
         "",
         "| measurement | v4 | transformers | ratio |",
         "|---|---|---|---|",
