@@ -167,7 +167,7 @@ def measure_load(directory: Path, say: Callable[[str], None], repeats: int = 3) 
         gc.collect()
     found = {"bytes": size, "raw_gb_per_s": max(raw), "load_gb_per_s": max(load)}
     say(f"load: {found}")
-    return {**found, "of_raw": min(raw) / min(load)}
+    return {**found, "of_raw": max(load) / max(raw)}
 
 
 def run(directory: Path, sections: Sequence[str], sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:
