@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from v4 import memory
 from v4.checkpoint import Checkpoint
 from v4.errors import CheckpointError
 from v4.manifest import verify_files
@@ -90,7 +89,7 @@ class _Filler:
     def target(self, piece: Piece) -> Tensor:
         if piece.parameter not in self.filling:
             p = self.parameters[piece.parameter]
-            self.filling[piece.parameter] = memory.empty(tuple(p.shape), p.dtype)
+            self.filling[piece.parameter] = torch.empty(p.shape, dtype=p.dtype)
         return piece.target(self.filling[piece.parameter])
 
     def check(self, stored: StoredTensor, tensor: Tensor) -> None:
