@@ -96,11 +96,7 @@ def stored_fp8(model: nn.Module, config: Config) -> set[int]:
 
 def _fill(cache: Cache, tokens: int) -> Any:
     sequence = cache.new_sequence()
-    for group in cache.groups.values():
-        keep = group.spec.keep
-        if tokens:
-            group.reserve(sequence.slot, 0 if keep is None else max(tokens - keep, 0), tokens)
-    sequence.advance(tokens)
+    cache.assume(sequence, tokens)
     return sequence
 
 

@@ -5,7 +5,6 @@ Shapes: T tokens of a sequence, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -191,10 +190,6 @@ def load(
     model = Model(plan_settings(config, checkpoint, binding.ops, dtype, numerics, cache_format), mtp=mtp and checkpoint.has_mtp)
     _refuse_too_large(parameter_bytes(model), module.memory_available(), "the weights")
     report = load_parameters(model, checkpoint, dtype=dtype, device=module.DEVICE, progress=progress, include_mtp=mtp)
-    tokenizer = (
-        Tokenizer(checkpoint.path)
-        if (checkpoint.path / "tokenizer.json").is_file() and importlib.util.find_spec("tokenizers")
-        else None
-    )
+    tokenizer = Tokenizer(checkpoint.path) if (checkpoint.path / "tokenizer.json").is_file() else None
     texts = PromptTexts.from_checkpoint(checkpoint.path)
     return LoadedModel(config, Runner(model), binding, backend, report, limit, tokenizer, texts)

@@ -242,21 +242,24 @@ class Cache:
         for group in self.groups.values():
             group.reserve(sequence.slot, sequence.length, end)
 
-    def fill_synthetic(self, sequence: Sequence, tokens: int, seed: int = 0) -> None:
-        """Make `sequence` look as if `tokens` tokens were stored, with random rows (for measurements at long context)."""
+    def assume(self, sequence: Sequence, tokens: int) -> None:
+        """Blocks and length of a new sequence as if `tokens` tokens were stored; the rows keep what they hold."""
         if tokens > self.max_tokens:
             raise CacheFull(f"synthetic context of {tokens} tokens: the cache was built for {self.max_tokens}")
         for group in self.groups.values():
             keep = group.spec.keep
             group.reserve(sequence.slot, 0 if keep is None else max(tokens - keep, 0), tokens)
+        sequence.advance(tokens)
+
+    def fill_synthetic(self, sequence: Sequence, tokens: int, seed: int = 0) -> None:
+        """Make `sequence` look as if `tokens` tokens were stored, with random rows (for measurements at long context)."""
+        self.assume(sequence, tokens)
         generator = torch.Generator().manual_seed(seed)
         for pool in self.pools():
             if pool.is_floating_point():
                 pool.copy_(torch.randn(pool.shape, generator=generator))
             else:
                 pool.copy_(torch.randint(0, 96, pool.shape, generator=generator, dtype=pool.dtype))
-        sequence.length = 0
-        sequence.advance(tokens)
 
     def pools(self) -> list[Tensor]:
         """Every pool tensor."""
