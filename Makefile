@@ -38,6 +38,7 @@ $(TORCH): constraints-cpu.txt
 
 $(READY): $(TORCH) setup.cfg pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[test,dev]'
+	$(BIN)/python -m backends.cpu_native --optional
 	@touch $@
 
 $(NANO)/model.safetensors.index.json: | $(READY)

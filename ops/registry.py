@@ -130,7 +130,7 @@ def _choose(
             if impl.when is None:
                 return usable, Choice(contract.name, tuple(i.backend for i in usable), tuple(notes))
             continue
-        if contract.compose and all(chosen[p].used == (backend,) for p in contract.parts):
+        if contract.compose and all(chosen[p].used[-1] == backend for p in contract.parts):
             notes.append((backend, f"composed of {', '.join(contract.parts)}" + (f" ({reason})" if impl else "")))
             fn = contract.compose(SimpleNamespace(**{p: getattr(ops, p) for p in contract.parts}))
             usable.append(Impl(backend, fn, frozenset(), frozenset(), (), None, "composed"))

@@ -17,6 +17,7 @@ from ops.registry import load_backend, signature
 
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = sorted(CONTRACTS)
+NATIVE = load_backend("cpu_native")
 EXPECTED = {
     "rms_norm", "unit_rms_norm", "add_rms_norm", "q_norm_rope", "rope", "quant_fp8", "dequant_fp8", "dequant_fp8_block", "quant_mxfp8",
     "quant_mxfp4", "dequant_mxfp4", "quant_int8", "dequant_int8", "roundtrip_fp8", "roundtrip_fp4", "hadamard", "linear", "linear_fp8",
@@ -118,6 +119,22 @@ def test_backend_agrees_with_the_golden(name: str, dtype: torch.dtype, backend: 
     for sample in cases:
         verdict = judge(contract, contract.impls[backend].fn, sample)
         assert verdict.ok, str(verdict)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "cpu_native" in CONTRACTS[n].impls])
+def test_compiled_kernels_agree_with_the_golden(name: str, seed: int) -> None:
+    contract, impl = CONTRACTS[name], CONTRACTS[name].impls["cpu_native"]
+    if (reason := impl.refusal(NATIVE.probe(), torch.float32)) is not None:
+        pytest.skip(reason)
+    assert impl.when is not None
+    judged = 0
+    for s in range(seed, seed + 5):
+        for sample in samples(contract, torch.float32, s):
+            if impl.when(*sample.args, **sample.kwargs):
+                verdict = judge(contract, impl.fn, sample)
+                assert verdict.ok, str(verdict)
+                judged += 1
+    assert judged >= 5, f"{name}: only {judged} samples meet its shape rule"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,10 +31,15 @@ NUMERICS = ("exact", "reference")
 
 
 def chain_of(backend: str, *, strict: bool = False, batch_invariant: bool = False) -> tuple[str, ...]:
-    """Backend names in order of preference: the backend, then plain torch unless `strict`."""
+    """Backend names in order of preference: the backend, then plain torch unless `strict`.
+
+    The cpu backend itself is torch with compiled kernels in front, where these were built.
+    """
     if batch_invariant:
         return (f"{backend}_invariant",)
-    return (backend,) if strict or backend == "cpu" else (backend, "cpu")
+    if backend == "cpu":
+        return ("cpu_native", "cpu")
+    return (backend,) if strict else (backend, "cpu")
 
 
 def plan_settings(

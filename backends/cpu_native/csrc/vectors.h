@@ -1,0 +1,62 @@
+// Sixteen fp32 lanes as a compiler vector (lowered to whatever the machine has) and the sums every kernel uses.
+// Compiled without -ffast-math: linking with it would switch off denormals for the whole process.
+#pragma once
+#include <omp.h>
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace v4 {
+
+constexpr long kLanes = 16;
+typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+
+inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+inline void store(float* p, Lanes v) { *reinterpret_cast<Lanes*>(p) = v; }
+
+inline float total(Lanes v) {
+  float part[8];
+  for (int i = 0; i < 8; ++i) part[i] = v[i] + v[i + 8];
+  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+}
+
+// Dot products of one row of weights with T vectors that lie `stride` floats apart: the row is read from memory once.
+template <int T>
+inline void dots(const float* row, const float* x, long stride, long n, float* out) {
+  Lanes a[T], b[T];
+  for (int t = 0; t < T; ++t) a[t] = b[t] = Lanes{};
+  long i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Lanes w0 = load(row + i), w1 = load(row + i + kLanes);
+    for (int t = 0; t < T; ++t) {
+      a[t] += w0 * load(x + t * stride + i);
+      b[t] += w1 * load(x + t * stride + i + kLanes);
+    }
+  }
+  float rest[T] = {};
+  for (; i < n; ++i)
+    for (int t = 0; t < T; ++t) rest[t] += row[i] * x[t * stride + i];
+  for (int t = 0; t < T; ++t) out[t] = total(a[t] + b[t]) + rest[t];
+}
+
+inline float dot(const float* a, const float* b, long n) {
+  float out;
+  dots<1>(a, b, 0, n, &out);
+  return out;
+}
+
+// y += factor * x
+inline void add_scaled(float* y, const float* x, float factor, long n) {
+  long i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(y + i) + load(x + i) * factor);
+  for (; i < n; ++i) y[i] += factor * x[i];
+}
+
+inline float inverse_rms(const float* x, long n, float eps) { return 1.0f / std::sqrt(dot(x, x, n) / static_cast<float>(n) + eps); }
+
+// Below this many floats of weights, waking a second thread costs more than it saves.
+constexpr long kAlone = 1 << 14;
+inline int team(long floats, int threads) { return floats < kAlone ? 1 : threads; }
+
+}  // namespace v4
