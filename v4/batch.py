@@ -54,6 +54,11 @@ class RopeTables:
     def __init__(self, plain_R2: Tensor, compressed_R2: Tensor) -> None:
         self.by_kind = {False: plain_R2, True: compressed_R2}
 
+    def no_entries(self, device: torch.device) -> Entries:
+        """What most single steps complete: nothing."""
+        nothing = self.by_kind[True].new_empty(0, self.by_kind[True].shape[0], device=device)
+        return Entries(torch.empty(0, dtype=torch.int64, device=device), nothing, nothing)
+
 
 def _slots(table: Tensor, sequence_of_row: np.ndarray, rows: np.ndarray, block_rows: int) -> Tensor:
     blocks = table.numpy()[sequence_of_row, rows // block_rows].astype(np.int64)
@@ -86,6 +91,9 @@ def build(cache: Cache, tables: RopeTables, sequences: Seq[Sequence], ids: Seq[S
     entries: dict[int, Entries] = {}
     for m in sorted(set(cache.ratios) - {0}):
         made = (starts + counts) // m - starts // m
+        if not made.any():
+            entries[m] = tables.no_entries(device)
+            continue
         entry_owner = np.repeat(np.arange(len(ids)), made)
         before = np.concatenate([[0], np.cumsum(made)[:-1]])
         index = np.arange(int(made.sum())) - np.repeat(before - starts // m, made)

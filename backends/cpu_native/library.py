@@ -29,6 +29,8 @@ _SIGNATURES = {
     "v4_rope": ("pppp" + "llllfif", None),
     "v4_insert": ("ppplll", "i"),
     "v4_attention": ("p" * 10 + "l" * 10 + "fi", None),
+    "v4_index_scores": ("ppppp" + "lllli", None),
+    "v4_best": ("ppll", None),
     "v4_compress": ("p" * 12 + "l" * 9 + "fi", None),
 }
 

@@ -1,4 +1,5 @@
-"""Attention and compressor of few tokens over paged fp32 caches. Shapes as in ops/attention.py and ops/compress.py."""
+"""Attention, index choice and compressor of few tokens over paged fp32 caches. Shapes as in ops/attention.py, ops/indexer.py
+and ops/compress.py."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from backends.cpu_native.library import FEW, NEED, kernel, threads
 from ops.attention import sparse_attention
 from ops.compress import compress
+from ops.indexer import index_topk
 
 F32 = (torch.float32,)
 _NOTE = f"up to {FEW} tokens, fp32 caches"
@@ -111,3 +113,48 @@ def _compress(
         start_pos.shape[0], d, width, c, state.shape[1], table.shape[1], entries, pairs, ratio, eps, threads(),
     )  # fmt: skip
     return out
+
+
+def _index_fits(
+    q_THd: Tensor,
+    w_TH: Tensor,
+    key_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    *,
+    ratio: int,
+    topk: int,
+) -> bool:
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (q_THd, w_TH, key_cache))
+    return plain and 0 < q_THd.shape[0] <= FEW and q_THd.shape[1] % 16 == 0
+
+
+@index_topk.implement("cpu_native", dtypes=F32, needs=[NEED], when=_index_fits, note=_NOTE)
+def _index_topk(
+    q_THd: Tensor,
+    w_TH: Tensor,
+    key_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    *,
+    ratio: int,
+    topk: int,
+) -> Tensor:
+    index, table, (_, heads, d) = torch.empty((q_THd.shape[0], topk), dtype=torch.int32), block_table.contiguous(), q_THd.shape
+    cu, score, best, team = cu_seqlens.tolist(), kernel("v4_index_scores"), kernel("v4_best"), threads()
+    for b, start in enumerate(start_pos.tolist()):
+        for t in range(cu[b], cu[b + 1]):
+            visible = (start + t - cu[b] + 1) // ratio
+            if visible <= topk:
+                every = torch.arange(topk, dtype=torch.int32)
+                index[t] = every.masked_fill_(every >= visible, -1)
+                continue
+            scores = q_THd.new_empty(visible)
+            score(
+                q_THd[t].data_ptr(), w_TH[t].data_ptr(), key_cache.data_ptr(), table[b].data_ptr(), scores.data_ptr(),
+                visible, heads, d, key_cache.shape[1], team,
+            )  # fmt: skip
+            best(scores.data_ptr(), index[t].data_ptr(), visible, topk)
+    return index

@@ -99,23 +99,30 @@ def measure_decode(own: Own, peer: Side, vocabulary: int, sizes: Sizes, say: Cal
         side.prefill(ids, min(512, sizes.prompt))
         for _ in range(3):
             side.step()
-    rate = machine.bandwidth()
-    seconds = alternate((own, peer), sizes.rounds, sizes.steps)
+    # one bandwidth before each round, against the steps that follow it: on a shared machine both move together
     needed = own.floor_bytes(sizes.prompt)
-    floor = needed["total"] / 1e9 / rate["best"]
+    rounds: list[dict[str, float]] = []
+    for _ in range(sizes.rounds):
+        rate = machine.bandwidth()
+        taken = alternate((own, peer), 1, sizes.steps)
+        rounds.append({"bandwidth": rate["best"], "of_floor": needed["total"] / 1e9 / rate["best"] / taken["v4"], **taken})
+    seconds = {side.name: statistics.median(r[side.name] for r in rounds) for side in (own, peer)}
+    best = statistics.median(r["bandwidth"] for r in rounds)
+    floor = needed["total"] / 1e9 / best
     counted = own.op_bytes()
     own.reset()
     peer.reset()
-    say(f"decode at {sizes.prompt}: {seconds}, floor {floor:.4f} s at {rate['best']:.1f} GB/s")
+    say(f"decode at {sizes.prompt}: {seconds}, floor {floor:.4f} s at {best:.1f} GB/s, of floor {[round(r['of_floor'], 2) for r in rounds]}")
     return {
         "tokens": sizes.prompt,
         "seconds_per_token": seconds,
         "speedup": seconds["transformers"] / seconds["v4"],
         "floor_bytes": needed,
         "contract_bytes": counted,
-        "bandwidth": rate,
+        "bandwidth": {"best": best, "method": machine.METHOD},
+        "rounds": rounds,
         "floor_seconds": floor,
-        "of_floor": floor / seconds["v4"],
+        "of_floor": statistics.median(r["of_floor"] for r in rounds),
     }
 
 

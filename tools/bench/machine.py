@@ -13,7 +13,7 @@ import torch
 
 METHOD = (
     "best of several passes over fp32 buffers of 1 GiB with the run's threads: torch.sum (read), matrix-vector product (read), "
-    "copy (read and write counted); the largest is taken"
+    "copy (read and write counted); the largest is taken, measured anew before every round of steps; medians over the rounds"
 )
 
 

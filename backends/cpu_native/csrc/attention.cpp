@@ -5,32 +5,86 @@
 
 namespace {
 
-constexpr long kHeads = 4;  // heads that share one reading of a row
+using v4::kLanes;
+using v4::Lanes;
+typedef std::vector<const float*> Rows;
 
-// One query's heads h0..h1-1 over the rows: scores, softmax with the sink, weighted sum.
-void attend(const float* q, const float* sink, const std::vector<const float*>& rows, float* out, float* scores, long h0, long h1, long c,
-            float scale) {
+constexpr int kRows = 4;     // rows that share one reading of the queries
+constexpr long kChunk = 64;  // channels of the result held in registers, for 4 heads
+
+// scores [n, H] of rows low..high-1, already scaled; padded heads (q 0) score 0
+void score(const float* q, const Rows& rows, float* scores, long low, long high, long heads, long c, float scale) {
+  for (long r = low; r < high; r += kRows) {
+    const float* some[kRows];
+    for (int j = 0; j < kRows; ++j) some[j] = rows[std::min(r + j, high - 1)];
+    for (long h = 0; h < heads; h += kLanes) {
+      Lanes acc[kRows][1];
+      v4::head_products<kRows, 1>(some, q, heads, h, c, acc);
+      for (int j = 0; j < kRows && r + j < high; ++j) v4::store(scores + (r + j) * heads + h, acc[j][0] * scale);
+    }
+  }
+}
+
+// exp(score - top) in place for 16 heads; returns 1 / (their sum + the sink's share)
+Lanes weigh(float* scores, Lanes sink, long n, long heads) {
+  Lanes top = sink;
+  for (long r = 0; r < n; ++r) {
+    const Lanes s = v4::load(scores + r * heads);
+    top = s > top ? s : top;
+  }
+  Lanes sum = v4::exponential(sink - top);
+  for (long r = 0; r < n; ++r) {
+    const Lanes p = v4::exponential(v4::load(scores + r * heads) - top);
+    v4::store(scores + r * heads, p);
+    sum += p;
+  }
+  return 1.0f / sum;
+}
+
+// out [4, c] of heads h..h+3: sum over rows of weight * row
+void gather(const float* weights, const Rows& rows, const float* inverse, float* out, long heads, long c, long valid) {
   const long n = static_cast<long>(rows.size());
-  for (long h = h0; h < h1; h += kHeads) {
-    const long some = std::min(kHeads, h1 - h);
-    float part[kHeads];
+  long i = 0;
+  for (; i + kChunk <= c; i += kChunk) {
+    Lanes acc[4][4];
+    for (auto& head : acc)
+      for (Lanes& part : head) part = Lanes{};
     for (long r = 0; r < n; ++r) {
-      if (some == kHeads)
-        v4::dots<kHeads>(rows[r], q + h * c, c, c, part);
-      else
-        for (long j = 0; j < some; ++j) part[j] = v4::dot(rows[r], q + (h + j) * c, c);
-      for (long j = 0; j < some; ++j) scores[j * n + r] = part[j] * scale;
+      const float *row = rows[r] + i, *p = weights + r * heads;
+      for (int v = 0; v < 4; ++v) {
+        const Lanes x = v4::load(row + v * kLanes);
+        for (int j = 0; j < 4; ++j) acc[j][v] += x * p[j];
+      }
     }
-    for (long j = 0; j < some; ++j) {
-      float* mine = scores + j * n;
-      const float top = std::max(sink[h + j], *std::max_element(mine, mine + n));
-      float sum = std::exp(sink[h + j] - top);
-      for (long r = 0; r < n; ++r) sum += mine[r] = std::exp(mine[r] - top);
-      for (long r = 0; r < n; ++r) mine[r] /= sum;
+    for (long j = 0; j < valid; ++j)
+      for (int v = 0; v < 4; ++v) v4::store(out + j * c + i + v * kLanes, acc[j][v] * inverse[j]);
+  }
+  for (long j = 0; j < valid; ++j)
+    for (long rest = i; rest < c; ++rest) {
+      float sum = 0;
+      for (long r = 0; r < n; ++r) sum += weights[r * heads + j] * rows[r][rest];
+      out[j * c + rest] = sum * inverse[j];
     }
-    std::fill(out + h * c, out + (h + some) * c, 0.0f);
-    for (long r = 0; r < n; ++r)
-      for (long j = 0; j < some; ++j) v4::add_scaled(out + (h + j) * c, rows[r], scores[j * n + r], c);
+}
+
+// One query [H, C] over the rows: scores by shares of rows, softmax with the sink and weighted sums by shares of heads.
+void attend(const float* q, const float* sink, const Rows& rows, float* out, long heads, long c, float scale, int threads) {
+  const long n = static_cast<long>(rows.size()), vectors = (heads + kLanes - 1) / kLanes, padded = vectors * kLanes;
+  std::vector<float> wide(padded * c), turned(padded * c), scores(n * padded), inverse(padded), sinks(padded);
+  std::copy(q, q + heads * c, wide.begin());
+  std::copy(sink, sink + heads, sinks.begin());
+  v4::transpose(wide.data(), turned.data(), padded, c);
+#pragma omp parallel num_threads(v4::team(n * c, threads))
+  {
+    const long id = omp_get_thread_num(), of = omp_get_num_threads();
+    score(turned.data(), rows, scores.data(), n * id / of, n * (id + 1) / of, padded, c, scale);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (long v = 0; v < vectors; ++v)
+      v4::store(inverse.data() + v * kLanes, weigh(scores.data() + v * kLanes, v4::load(sinks.data() + v * kLanes), n, padded));
+#pragma omp for schedule(static)
+    for (long h = 0; h < heads; h += 4)
+      gather(scores.data() + h, rows, inverse.data() + h, out + h * c, padded, c, std::min(4L, heads - h));
   }
 }
 
@@ -48,8 +102,7 @@ void v4_attention(const float* q, const float* window_cache, const int32_t* wind
                   const int32_t* start, const float* entries, const int32_t* entry_table, const int32_t* index, float* out, long batch,
                   long heads, long c, long window_block, long window_width, long entry_block, long entry_width, long k, long window,
                   long ratio, float scale, int threads) {
-  std::vector<const float*> rows;
-  std::vector<float> scratch;
+  Rows rows;
   for (long b = 0; b < batch; ++b)
     for (long t = cu[b]; t < cu[b + 1]; ++t) {
       const long position = start[b] + t - cu[b];
@@ -62,15 +115,54 @@ void v4_attention(const float* q, const float* window_cache, const int32_t* wind
       }
       for (long p = std::max(0L, position - window + 1); p <= position; ++p)
         rows.push_back(at(window_cache, window_table + b * window_width, p, window_block, c));
-      const long n = static_cast<long>(rows.size()), groups = (heads + kHeads - 1) / kHeads;
-      const int team = v4::team(n * heads, threads);
-      scratch.resize(team * kHeads * n);
-#pragma omp parallel num_threads(team)
-      {
-        const long id = omp_get_thread_num(), of = omp_get_num_threads();
-        const long h0 = std::min(heads, groups * id / of * kHeads), h1 = std::min(heads, groups * (id + 1) / of * kHeads);
-        attend(q + t * heads * c, sink, rows, out + t * heads * c, scratch.data() + id * kHeads * n, h0, h1, c, scale);
-      }
+      attend(q + t * heads * c, sink, rows, out + t * heads * c, heads, c, scale, threads);
     }
+}
+
+// scores [n]: sum over heads of w [H] * relu(q [H, d] . key) for the first n entries of one sequence; H a multiple of 16
+void v4_index_scores(const float* q, const float* w, const float* keys, const int32_t* table, float* scores, long n, long heads, long d,
+                     long per_block, int threads) {
+  std::vector<float> turned(heads * d);
+  v4::transpose(q, turned.data(), heads, d);
+#pragma omp parallel for schedule(static) num_threads(v4::team(n * d, threads))
+  for (long e = 0; e < n; e += kRows) {
+    const float* some[kRows];
+    for (int j = 0; j < kRows; ++j) some[j] = at(keys, table, std::min(e + j, n - 1), per_block, d);
+    Lanes sum[kRows];
+    for (Lanes& s : sum) s = Lanes{};
+    long h = 0;
+    const auto add = [&](auto& acc, int vectors) {
+      for (int j = 0; j < kRows; ++j)
+        for (int v = 0; v < vectors; ++v) {
+          const Lanes x = acc[j][v];
+          sum[j] += (x < 0.0f ? Lanes{} : x) * v4::load(w + h + v * kLanes);
+        }
+    };
+    for (; h + 2 * kLanes <= heads; h += 2 * kLanes) {
+      Lanes acc[kRows][2];
+      v4::head_products<kRows, 2>(some, turned.data(), heads, h, d, acc);
+      add(acc, 2);
+    }
+    for (; h < heads; h += kLanes) {
+      Lanes acc[kRows][1];
+      v4::head_products<kRows, 1>(some, turned.data(), heads, h, d, acc);
+      add(acc, 1);
+    }
+    for (int j = 0; j < kRows && e + j < n; ++j) scores[e + j] = v4::total(sum[j]);
+  }
+}
+
+// index [k] = the k < n best of scores, ascending; of equal ones the lowest; NaN counts as the largest
+void v4_best(const float* scores, int32_t* index, long n, long k) {
+  std::vector<float> keys(scores, scores + n);
+  for (float& key : keys)
+    if (std::isnan(key)) key = INFINITY;
+  std::vector<float> ordered(keys);
+  std::nth_element(ordered.begin(), ordered.begin() + k - 1, ordered.end(), [](float a, float b) { return a > b; });
+  const float last = ordered[k - 1];
+  long equal = k;
+  for (long i = 0; i < n; ++i) equal -= keys[i] > last;
+  for (long i = 0, made = 0; made < k; ++i)
+    if (keys[i] > last || (keys[i] == last && equal-- > 0)) index[made++] = static_cast<int32_t>(i);
 }
 }

@@ -46,6 +46,41 @@ inline float dot(const float* a, const float* b, long n) {
   return out;
 }
 
+// exp of values up to 88, lane by lane, within 2 units in the last place; -inf gives 0
+inline Lanes exponential(Lanes x) {
+  typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+  x = x < -87.0f ? Lanes{} - 87.0f : x;
+  const Lanes shift = Lanes{} + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+  const Lanes n = (x * 1.44269504088896341f + shift) - shift;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes p = Lanes{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return p * reinterpret_cast<const Lanes&>(power);
+}
+
+// Products of R rows with the heads of q, whose heads lie side by side: q [c, H], V vectors of heads from `first` on.
+template <int R, int V>
+inline void head_products(const float* const* rows, const float* q, long heads, long first, long c, Lanes (&acc)[R][V]) {
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = Lanes{};
+  for (long i = 0; i < c; ++i)
+    for (int v = 0; v < V; ++v) {
+      const Lanes these = load(q + i * heads + first + v * kLanes);
+      for (int r = 0; r < R; ++r) acc[r][v] += these * rows[r][i];
+    }
+}
+
+inline void transpose(const float* q, float* out, long heads, long c) {
+  for (long h = 0; h < heads; ++h)
+    for (long i = 0; i < c; ++i) out[i * heads + h] = q[h * c + i];
+}
+
 // y += factor * x
 inline void add_scaled(float* y, const float* x, float factor, long n) {
   long i = 0;
