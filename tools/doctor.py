@@ -58,11 +58,13 @@ def backend_state(name: str) -> dict[str, Any]:
 
 
 def op_rows(backend: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row per op: {op, used, notes}; `used` is empty when the backend alone can not run it."""
+    """One row per op: {op, used, notes}; `used` is empty when the backend, with the one that it complements, can not run it."""
     rows = []
+    behind = getattr(load_backend(backend), "COMPLEMENTS", None)
+    chain = (backend, behind) if behind else (backend,)
     for op in sorted(CONTRACTS):
         try:
-            choice = next(c for c in bind((backend,), dtype=dtype, only=[op]).choices if c.op == op)
+            choice = next(c for c in bind(chain, dtype=dtype, only=[op]).choices if c.op == op)
             rows.append(choice.as_dict())
         except NoImplementation as error:
             reason = str(error).splitlines()[1].split(maxsplit=1)[-1]
@@ -81,6 +83,11 @@ def report(backend: str | None, dtype: str) -> dict[str, Any]:
     complete = all(row["used"] for rows in ops.values() for row in rows)
     ok = bool(ops) and complete and (backend is None or states[0]["available"])
     return {"machine": machine(), "versions": versions(), "dtype": dtype, "backends": states, "ops": ops, "ok": ok}
+
+
+def _note(row: dict[str, Any], backend: str) -> str:
+    instead = f"; {row['used'][0]} instead" if row["used"] and row["used"][0] != backend else ""
+    return row["notes"].get(backend, "") + instead
 
 
 def text(found: dict[str, Any]) -> str:
@@ -104,6 +111,6 @@ def text(found: dict[str, Any]) -> str:
     for name, rows in found["ops"].items():
         bad = sum(not row["used"] for row in rows)
         lines += ["", f"ops on {name}, {found['dtype']}: {len(rows) - bad} of {len(rows)} implemented"]
-        lines += [f"  {row['op']:<{width}s}  {'ok' if row['used'] else 'MISSING'}  {row['notes'].get(name, '')}" for row in rows]
+        lines += [f"  {row['op']:<{width}s}  {'ok' if row['used'] else 'MISSING'}  {_note(row, name)}" for row in rows]
     lines += ["", "every op has an implementation" if found["ok"] else "something is missing: see the reasons above"]
     return "\n".join(lines)

@@ -29,7 +29,7 @@ def cell(contract: Contract, backend: str) -> str:
     types = ", ".join(sorted(_SHORT.get(d, str(d)) for d in impl.dtypes)) or "any type"
     chips = ", ".join(sorted(impl.soc)) or "any chip"
     return (
-        f"{types}; {chips}" + (f"; needs {', '.join(impl.needs)}" if impl.needs else "") + ("; some shapes" if impl.when else "")
+        f"{types}; {chips}" + (f"; needs {', '.join(n.split(' (')[0] for n in impl.needs)}" if impl.needs else "") + ("; some shapes" if impl.when else "")
     )
 
 

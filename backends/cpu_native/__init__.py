@@ -1,7 +1,7 @@
 """Decode steps on the CPU in compiled C++: ops of up to a few fp32 tokens, whose cost is reading weights and cache once.
 
-Stands before the cpu backend, which takes everything else. torch's own products read fp32 weights at about 0.7 of the speed of a
-plain sum, and a step has so many small calls that they cost as much as the reading (docs/performance.md).
+Stands before the cpu backend, which takes everything else. torch's own products read fp32 weights at 0.7 of the speed of a
+plain sum or less, and a step has so many small calls that they cost as much as the reading (docs/performance.md).
 """
 
 from backends.cpu.probe import DEVICE, memory_available
@@ -9,7 +9,10 @@ from backends.cpu.probe import probe as _torch_probe
 from backends.cpu_native import library, paged, products, streams
 from ops.probe import Probe
 
-__all__ = ["DEVICE", "memory_available", "paged", "probe", "products", "streams"]
+COMPLEMENTS = "cpu"
+"""The backend that takes every call which these kernels do not."""
+
+__all__ = ["COMPLEMENTS", "DEVICE", "memory_available", "paged", "probe", "products", "streams"]
 
 
 def probe() -> Probe:

@@ -11,7 +11,9 @@ from backends.cpu_native.build import BuildError, build
 def main(argv: list[str] | None = None) -> int:
     """Build and say where the library is; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m backends.cpu_native", description=__doc__)
-    parser.add_argument("--optional", action="store_true", help="exit 0 without a compiler too: the cpu backend then runs on torch alone")
+    parser.add_argument(
+        "--optional", action="store_true", help="exit 0 without a compiler too: the cpu backend then runs on torch alone"
+    )
     args = parser.parse_args(argv)
     try:
         print(f"cpu_native: {build()}")

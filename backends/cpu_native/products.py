@@ -116,5 +116,7 @@ def _gate_hash(
         tokens, vocabulary, w.shape[0], d, topk, scale,
     )  # fmt: skip
     if failed:
-        raise ValueError(f"gate_hash: token ids {tokens_T.tolist()} are not all in 0..{vocabulary - 1}, or their experts in 0..{w.shape[0] - 1}")
+        raise ValueError(
+            f"gate_hash: token ids {tokens_T.tolist()} are not all in 0..{vocabulary - 1}, or their experts in 0..{w.shape[0] - 1}"
+        )
     return weights, ids

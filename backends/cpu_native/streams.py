@@ -44,9 +44,7 @@ def _head_fits(streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, 
 
 
 @hc_head.implement("cpu_native", dtypes=F32, needs=[NEED], when=_head_fits, note=_NOTE)
-def _hc_head(
-    streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float
-) -> Tensor:
+def _hc_head(streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float) -> Tensor:
     streams, (t, n, d) = streams_TnD.contiguous(), streams_TnD.shape
     x = streams.new_empty(t, d)
     kernel("v4_hc_head")(
@@ -130,4 +128,6 @@ def _cache_insert(cache: Tensor, rows_RW: Tensor, slots: Tensor) -> None:
     rows, slots, capacity = rows_RW.contiguous(), slots.contiguous(), cache.shape[0] * cache.shape[1]
     size = cache.shape[2] * cache.element_size()
     if kernel("v4_insert")(cache.data_ptr(), rows.data_ptr(), slots.data_ptr(), rows.shape[0], capacity, size):
-        raise IndexError(f"cache_insert: slots reach from {int(slots.min())} to {int(slots.max())}, the cache has {capacity} rows")
+        raise IndexError(
+            f"cache_insert: slots reach from {int(slots.min())} to {int(slots.max())}, the cache has {capacity} rows"
+        )
