@@ -108,6 +108,7 @@ class Contract:
         when |y - golden| <= u(y.dtype)*|golden| + B elementwise. Codes, scales and copies return B = 0.
     cost(*args): Cost of the call; reads metadata tensors (lengths) where needed, never data.
     mutates: names of arguments written. choices: positions of outputs that are choices (index sets).
+    rms_share: largest RMS error of an output, besides its rounding, as a share of the RMS of its bound.
     compose(ops): builds the op from the bound ops named in `parts` (a fused op every backend can offer).
     """
 
@@ -120,6 +121,7 @@ class Contract:
     cost: Callable[..., Cost]
     mutates: tuple[str, ...] = ()
     choices: tuple[int, ...] = ()
+    rms_share: float = 1 / 3
     compose: Callable[[Any], Callable[..., Any]] | None = None
     parts: tuple[str, ...] = ()
     impls: dict[str, Impl] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ops.bounds import roundoff
 from ops.contract import Contract, Sample
+from ops.error_statistics import excess, lean
 from ops.registry import signature
 
 
@@ -29,8 +30,33 @@ class Verdict:
         return "\n  ".join([f"{head}, worst error/bound {self.worst:.3g}", *self.problems])
 
 
+GUARD = 256
+_PATTERN = 0xA5
+
+
 def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+class Guarded:
+    """Copies of tensors with GUARD known bytes before and behind each, so that a write outside shows."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, int]] = []
+
+    def clone(self, value: Any) -> Any:
+        """A guarded copy of a contiguous tensor; a plain copy of any other tensor; other values as they are."""
+        if not isinstance(value, Tensor) or not value.is_contiguous() or value.is_meta:
+            return _clone(value)
+        size = value.numel() * value.element_size()
+        storage = torch.full((size + 2 * GUARD,), _PATTERN, dtype=torch.uint8, device=value.device)
+        self._kept.append((storage, size))
+        copy = storage[GUARD : GUARD + size].view(value.dtype).view(value.shape)
+        return copy.copy_(value)
+
+    def broken(self) -> bool:
+        """Whether any guard byte has changed."""
+        return any(bool((s[:GUARD] != _PATTERN).any() or (s[GUARD + n :] != _PATTERN).any()) for s, n in self._kept)
 
 
 def _flat(result: Any) -> list[Tensor]:
@@ -38,10 +64,10 @@ def _flat(result: Any) -> list[Tensor]:
 
 
 def call_with_clones(
-    contract: Contract, fn: Callable[..., Any], sample: Sample, **extra: Any
+    contract: Contract, fn: Callable[..., Any], sample: Sample, *, copy: Callable[[Any], Any] = _clone, **extra: Any
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Run `fn` on clones; returns outputs followed by the mutated arguments, and all bound arguments after the call."""
-    bound = signature(contract).bind(*map(_clone, sample.args), **{k: _clone(v) for k, v in sample.kwargs.items()})
+    """Run `fn` on clones made by `copy`; returns outputs followed by the mutated arguments, and all bound arguments after the call."""
+    bound = signature(contract).bind(*map(copy, sample.args), **{k: copy(v) for k, v in sample.kwargs.items()})
     outputs = _flat(fn(*bound.args, **bound.kwargs, **extra))
     bound.apply_defaults()
     return outputs + [bound.arguments[name] for name in contract.mutates], dict(bound.arguments)
@@ -51,7 +77,7 @@ def _bytes(t: Tensor) -> Tensor:
     return t.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def _compare(position: int, y: Tensor, g: Tensor, allowance: Any) -> tuple[float, str | None]:
+def _compare(position: int, y: Tensor, g: Tensor, allowance: Any, share: float) -> tuple[float, str | None]:
     if not g.is_floating_point() or allowance is None:
         same = torch.equal(_bytes(y), _bytes(g.to(y.dtype)))
         return (
@@ -71,7 +97,8 @@ def _compare(position: int, y: Tensor, g: Tensor, allowance: Any) -> tuple[float
     ratio = torch.where(finite, (y64 - g64).abs() / allowed, torch.zeros_like(g64))
     worst = float(ratio.max())
     if worst <= 1:
-        return worst, None
+        bound = torch.as_tensor(allowance, dtype=torch.float64).expand(g64.shape) + smallest
+        return worst, _as_a_whole(position, y[finite], g64[finite], bound[finite], share)
     where = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
     return (
         worst,
@@ -79,11 +106,23 @@ def _compare(position: int, y: Tensor, g: Tensor, allowance: Any) -> tuple[float
     )
 
 
+def _as_a_whole(position: int, y: Tensor, golden: Tensor, bound: Tensor, share: float) -> str | None:
+    if found := excess(y, golden, bound, share):
+        return f"output {position}: every element is allowed, but the RMS error {found[0]:.3g} is not: at most {found[1]:.3g}"
+    if z := lean(y, golden, bound):
+        side = "away from" if z > 0 else "towards"
+        return f"output {position}: the errors lean {side} zero, z = {z:.1f}: a truncation where a rounding is expected?"
+    return None
+
+
 def judge(contract: Contract, fn: Callable[..., Any], sample: Sample) -> Verdict:
     """Run `fn` and the reference on clones of the sample and compare structure, values and untouched arguments."""
     golden, _ = call_with_clones(contract, contract.reference, sample, compute=torch.float64)
-    found, after = call_with_clones(contract, fn, sample)
+    guarded = Guarded()
+    found, after = call_with_clones(contract, fn, sample, copy=guarded.clone)
     problems: list[str] = []
+    if guarded.broken():
+        problems.append("bytes outside an argument were written")
     worst = 0.0
     shapes = _flat(contract.meta(*sample.args, **sample.kwargs))
     before = signature(contract).bind(*sample.args, **sample.kwargs).arguments
@@ -104,7 +143,7 @@ def judge(contract: Contract, fn: Callable[..., Any], sample: Sample) -> Verdict
                 complaint = b(y)
                 ratio = float("inf") if complaint else 0.0
             else:
-                ratio, complaint = _compare(i, y, g, b)
+                ratio, complaint = _compare(i, y, g, b, contract.rms_share)
             worst = max(worst, ratio)
             if complaint:
                 problems.append(complaint)

@@ -1,0 +1,49 @@
+"""Errors of a whole output: too large on the whole, or leaning to one side, though each single one is allowed.
+
+An elementwise bound must leave room for the worst element. A bf16 accumulator or a truncation instead of a rounding can hide in
+that room; over many elements neither can.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.bounds import roundoff
+
+EXCESS = 1.3
+"""Largest allowed ratio of the RMS error to that of an ideal rounding, besides the contract's share of the bound's RMS."""
+LEAN = 8.0
+"""Largest allowed |z| of the signs of the errors, in standard deviations."""
+_FEWEST = 64  # elements below which neither says anything
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def excess(y: Tensor, golden: Tensor, bound: Tensor, share: float) -> tuple[float, float] | None:
+    """(RMS error, allowed) when the error as a whole is too large, else None. All float64 but y; finite elements only."""
+    if y.numel() < _FEWEST:
+        return None
+    error = _rms(y.double() - golden)
+    # an ideal rounding errs by a third of its largest error's square on average, but for values of one magnitude it can be all of it
+    ideal = min(_rms(golden.to(y.dtype).double() - golden), _rms(golden) * roundoff(y.dtype))
+    floor = roundoff(y.dtype) * _rms(golden) * 0.25
+    allowed = EXCESS * max(ideal, floor) + _rms(bound) * share + torch.finfo(torch.float32).tiny
+    return None if error <= allowed else (error, allowed)
+
+
+def lean(y: Tensor, golden: Tensor, bound: Tensor) -> float | None:
+    """z of the direction (towards or away from zero) in which y differs from the golden's own rounding, when beyond LEAN, else None.
+
+    Against the rounding and not against the golden itself: few distinct values have few distinct, and then one-sided, rounding errors.
+    Only elements whose bound is small beside the spacing of the output's type are counted.
+    """
+    off = (y.double() - golden.to(y.dtype).double()) * golden.sign()
+    counted = (bound < roundoff(y.dtype) * golden.abs() / 8) & (off != 0)
+    n = int(counted.sum())
+    if n < _FEWEST:
+        return None
+    z = float(off[counted].sign().sum()) / n**0.5
+    return z if abs(z) > LEAN else None
