@@ -27,10 +27,8 @@ def excess(y: Tensor, golden: Tensor, bound: Tensor, share: float) -> tuple[floa
     if y.numel() < _FEWEST:
         return None
     error = _rms(y.double() - golden)
-    # an ideal rounding errs by a third of its largest error's square on average, but for values of one magnitude it can be all of it
-    ideal = min(_rms(golden.to(y.dtype).double() - golden), _rms(golden) * roundoff(y.dtype))
-    floor = roundoff(y.dtype) * _rms(golden) * 0.25
-    allowed = EXCESS * max(ideal, floor) + _rms(bound) * share + torch.finfo(torch.float32).tiny
+    ideal = _rms(golden.to(y.dtype).double() - golden)
+    allowed = EXCESS * ideal + _rms(bound) * share + torch.finfo(torch.float32).tiny
     return None if error <= allowed else (error, allowed)
 
 

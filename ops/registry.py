@@ -71,6 +71,16 @@ def load_backend(name: str) -> ModuleType:
     return importlib.import_module(f"backends.{name}")
 
 
+def chain_of(backend: str, *, strict: bool = False, batch_invariant: bool = False) -> tuple[str, ...]:
+    """Backend names in order of preference: the backend with the one in front of it, then plain torch unless `strict`."""
+    if batch_invariant:
+        return (f"{backend}_invariant",)
+    front_of = importlib.import_module("backends").IN_FRONT
+    base = next((b for b, front in front_of.items() if front == backend), backend)
+    own = (front_of[base], base) if base in front_of else (base,)
+    return own if strict or base == "cpu" else (*own, "cpu")
+
+
 def parse_overrides(text: str) -> dict[str, str]:
     """Read `op=backend,op=backend` (the form of V4_OPS). ValueError names a malformed item."""
     result: dict[str, str] = {}
@@ -130,7 +140,7 @@ def _choose(
             if impl.when is None:
                 return usable, Choice(contract.name, tuple(i.backend for i in usable), tuple(notes))
             continue
-        if contract.compose and all(chosen[p].used[-1] == backend for p in contract.parts):
+        if contract.compose and all(chosen[p].used == (backend,) for p in contract.parts):
             notes.append((backend, f"composed of {', '.join(contract.parts)}" + (f" ({reason})" if impl else "")))
             fn = contract.compose(SimpleNamespace(**{p: getattr(ops, p) for p in contract.parts}))
             usable.append(Impl(backend, fn, frozenset(), frozenset(), (), None, "composed"))

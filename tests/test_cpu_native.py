@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from backends.cpu_native import build, library, paged, products, streams
 from ops.contract import CONTRACTS
 from ops.probe import Probe
-from ops.registry import bind
+from ops.registry import bind, chain_of
 from tools import doctor
-from v4.api import chain_of
 
 built = pytest.mark.skipif(not library.available(), reason=f"missing {library.NEED}")
 
@@ -32,6 +33,13 @@ def test_a_failed_build_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(build.BuildError, match="ended with 1"):
         build.build()
     assert not list(tmp_path.iterdir())
+
+
+def test_where_there_is_a_compiler_the_kernels_compile() -> None:
+    # set-up tolerates a failure, so that an odd compiler costs speed only; here it must show
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert build.build().is_file()
 
 
 def test_the_name_of_the_library_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +72,65 @@ def test_long_calls_go_to_torch() -> None:
     assert not products._linear_fits(torch.randn(library.FEW + 1, 16), w)
     assert not products._linear_fits(torch.randn(0, 16), w)
     assert not products._linear_fits(torch.randn(1, 8), torch.randn(8, 8).t())
+
+
+@built
+def test_shapes_that_do_not_agree_go_to_torch_which_refuses_them() -> None:
+    ops = bind(chain_of("cpu"), dtype=torch.float32).ops
+    with pytest.raises(RuntimeError):
+        ops.linear(torch.randn(1, 16), torch.randn(8, 32))
+    with pytest.raises((RuntimeError, IndexError)):
+        ops.cache_insert(torch.zeros(2, 4, 3), torch.ones(2, 5), torch.tensor([1, 2]))
+
+
+@built
+def test_blocks_outside_the_cache_are_refused() -> None:
+    q, cache, sink = torch.randn(1, 16, 32), torch.randn(3, 4, 32), torch.zeros(16)
+    cu = torch.tensor([0, 1], dtype=torch.int32)
+    for table, start in (([[1, 7]], 6), ([[1, 2]], 9)):
+        args = (torch.tensor(table, dtype=torch.int32), sink, cu, torch.tensor([start], dtype=torch.int32))
+        with pytest.raises(IndexError, match="sparse_attention: the call needs rows of blocks"):
+            paged._sparse_attention(q, cache, *args, scale=1.0, window=8)
+
+
+def _threaded() -> dict[str, Any]:
+    g = torch.Generator().manual_seed(5)
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    x, ids = r(3, 256), torch.tensor([[0, 3], [1, 0], [2, 3]])
+    w13, w2, fn, streams = r(4, 192, 256), r(4, 256, 96), r(24, 4096), r(2, 4, 1024)
+    q, cache, table = r(1, 32, 128), r(6, 64, 128), torch.tensor([[3, 1, 5, 2]], dtype=torch.int32)
+    cu, start, w_TH = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([254], dtype=torch.int32), r(1, 32)
+    wkv, wgate, ape, state, weight, angle = r(128, 256), r(128, 256), r(4, 128), r(6, 64, 256), r(64), r(1, 16)
+    w, sink, scale, base = r(130, 256), r(32), r(3), r(24)
+    end = torch.tensor([255], dtype=torch.int32)
+    return {
+        "linear": lambda: products._linear(x, w),
+        "moe_mlp": lambda: products._moe_mlp(x, ids, torch.ones(3, 2), w13, w2, limit=7.0),
+        "hc_pre": lambda: streams_op(streams, fn, scale, base),
+        "attention": lambda: paged._sparse_attention(q, cache, table, sink, cu, start, scale=0.1, window=200),
+        "index": lambda: paged._index_topk(q, w_TH, cache, table, cu, torch.tensor([255], dtype=torch.int32), ratio=1, topk=40),
+        "compress": lambda: paged._compress(
+            x[:1], wkv, wgate, ape, weight, angle.cos(), angle.sin(), state.clone(), table, cu, end, ratio=4, eps=1e-6
+        ),
+    }
+
+
+def streams_op(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> Tensor:
+    return torch.cat([t.flatten() for t in streams._hc_pre(x, fn, scale, base, norm_eps=1e-6, hc_eps=1e-6, iters=20)])
+
+
+@built
+@pytest.mark.parametrize("name", sorted(_threaded()))
+def test_threads_do_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = _threaded()[name]
+    alone = call()
+    for module in (products, streams, paged):
+        monkeypatch.setattr(module, "threads", lambda: 3)
+    for _ in range(20):
+        assert torch.equal(call(), alone)
 
 
 def test_doctor_counts_the_backend_behind() -> None:

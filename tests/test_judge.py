@@ -33,7 +33,6 @@ def _nearest(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _truncated(*args: Any, **kwargs: Any) -> Tensor:
-    # half the bf16 spacing below the nearest: within the elementwise bound of rounding only on average
     exact = _exact(*args, **kwargs).float()
     return (exact.view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
 
@@ -53,6 +52,21 @@ def test_errors_that_lean_are_found_though_each_is_allowed() -> None:
     assert lean((golden * (1 + noise)).to(torch.bfloat16), golden, tiny) is None
     z = lean((golden * (1 - 2.0**-10)).to(torch.bfloat16), golden, tiny)
     assert z is not None and z < -8
+
+
+def test_errors_too_large_on_the_whole_are_found_though_each_is_allowed() -> None:
+    g = torch.Generator().manual_seed(1)
+    sample = Sample("made", (torch.randn(16, 512, generator=g), torch.randn(64, 512, generator=g)))
+    golden = linear.reference(*sample.args, compute=torch.float64)
+    (bound,) = linear.bound(*sample.args, golden=(golden,), found=(golden,))
+    sign = torch.randn(golden.shape, generator=g).sign()
+
+    def off(share: float) -> Callable[..., Tensor]:
+        return lambda x, weight_NK, out_dtype=None: (golden + sign * share * bound).float()
+
+    assert judge(linear, off(0.2), sample).ok
+    verdict = judge(linear, off(0.6), sample)
+    assert not verdict.ok and verdict.worst < 1 and "RMS error" in str(verdict)
 
 
 def test_an_accumulator_of_lower_precision_is_found() -> None:

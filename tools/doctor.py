@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ops.contract import CONTRACTS
-from ops.registry import NoImplementation, bind, load_backend
+from ops.registry import NoImplementation, bind, chain_of, load_backend
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pyyaml", "tqdm", "transformers", "triton", "torch_npu")
 
@@ -58,17 +58,16 @@ def backend_state(name: str) -> dict[str, Any]:
 
 
 def op_rows(backend: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row per op: {op, used, notes}; `used` is empty when the backend, with the one that it complements, can not run it."""
+    """One row per op: {op, used, notes}; `used` is empty when the backend, with the one in front of or behind it, can not run it."""
     rows = []
-    behind = getattr(load_backend(backend), "COMPLEMENTS", None)
-    chain = (backend, behind) if behind else (backend,)
+    chain = chain_of(backend, strict=True)
     for op in sorted(CONTRACTS):
         try:
             choice = next(c for c in bind(chain, dtype=dtype, only=[op]).choices if c.op == op)
             rows.append(choice.as_dict())
         except NoImplementation as error:
-            reason = str(error).splitlines()[1].split(maxsplit=1)[-1]
-            rows.append({"op": op, "used": [], "notes": {backend: reason}})
+            reasons = (line.split(maxsplit=1) for line in str(error).splitlines()[1 : 1 + len(chain)])
+            rows.append({"op": op, "used": [], "notes": dict(reasons)})
     return rows
 
 
@@ -86,8 +85,8 @@ def report(backend: str | None, dtype: str) -> dict[str, Any]:
 
 
 def _note(row: dict[str, Any], backend: str) -> str:
-    instead = f"; {row['used'][0]} instead" if row["used"] and row["used"][0] != backend else ""
-    return row["notes"].get(backend, "") + instead
+    note = row["notes"].get(backend, "")
+    return note if row["used"] in ([], [backend]) else f"{note} ({' -> '.join(row['used'])})"
 
 
 def text(found: dict[str, Any]) -> str:
@@ -110,7 +109,7 @@ def text(found: dict[str, Any]) -> str:
     width = max((len(op) for op in CONTRACTS), default=2)
     for name, rows in found["ops"].items():
         bad = sum(not row["used"] for row in rows)
-        lines += ["", f"ops on {name}, {found['dtype']}: {len(rows) - bad} of {len(rows)} implemented"]
+        lines += ["", f"ops on {' -> '.join(chain_of(name, strict=True))}, {found['dtype']}: {len(rows) - bad} of {len(rows)} implemented"]
         lines += [f"  {row['op']:<{width}s}  {'ok' if row['used'] else 'MISSING'}  {_note(row, name)}" for row in rows]
     lines += ["", "every op has an implementation" if found["ok"] else "something is missing: see the reasons above"]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ops.registry import Binding, bind, load_backend
+from ops.registry import Binding, bind, chain_of, load_backend
 from v4.cache import Format
 from v4.checkpoint import Checkpoint
 from v4.config import Config
@@ -28,18 +28,6 @@ from v4.settings import Settings
 from v4.tokenizer import Tokenizer
 
 NUMERICS = ("exact", "reference")
-
-
-def chain_of(backend: str, *, strict: bool = False, batch_invariant: bool = False) -> tuple[str, ...]:
-    """Backend names in order of preference: the backend, then plain torch unless `strict`.
-
-    The cpu backend itself is torch with compiled kernels in front, where these were built.
-    """
-    if batch_invariant:
-        return (f"{backend}_invariant",)
-    if backend == "cpu":
-        return ("cpu_native", "cpu")
-    return (backend,) if strict else (backend, "cpu")
 
 
 def plan_settings(

@@ -48,7 +48,7 @@ def _block_scores(q_GHd: Tensor, w_GH: Tensor, keys: Rows | Tensor, score_GN: Te
         score_GN[:, low:high] = torch.bmm(w_GH[:, None], dots_Mn.view(queries, heads, -1))[:, 0]
 
 
-def best(score_GN: Tensor, topk: int) -> Tensor:
+def _best(score_GN: Tensor, topk: int) -> Tensor:
     """Indices [G, topk] of the largest scores, ascending; of equal ones the lowest."""
     values, index = torch.topk(score_GN, topk, sorted=False)
     kept = score_GN >= values.amin(1, keepdim=True)
@@ -94,7 +94,7 @@ def _choose(q: Tensor, w: Tensor, keys: Rows, index: Tensor, start: int, ratio: 
         if common < seen:
             visible = torch.arange(start + low + 1, start + high + 1).div_(ratio, rounding_mode="floor")
             score_GN[:, common:].masked_fill_(torch.arange(common, seen) >= visible[:, None], float("-inf"))
-        index[low:high] = best(score_GN, topk)
+        index[low:high] = _best(score_GN, topk)
 
 
 @index_topk.implement("cpu")

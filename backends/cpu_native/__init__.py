@@ -1,7 +1,7 @@
 """Decode steps on the CPU in compiled C++: ops of up to a few fp32 tokens, whose cost is reading weights and cache once.
 
-Stands before the cpu backend, which takes everything else. torch's own products read fp32 weights at 0.7 of the speed of a
-plain sum or less, and a step has so many small calls that they cost as much as the reading (docs/performance.md).
+Stands in front of the cpu backend, which takes everything else, calls whose shapes do not agree included. torch's own products
+read fp32 weights slower than memory gives them, and the many small calls of a step cost as much as the reading (docs/performance.md).
 """
 
 from backends.cpu.probe import DEVICE, memory_available
@@ -9,10 +9,7 @@ from backends.cpu.probe import probe as _torch_probe
 from backends.cpu_native import library, paged, products, streams
 from ops.probe import Probe
 
-COMPLEMENTS = "cpu"
-"""The backend that takes every call which these kernels do not."""
-
-__all__ = ["COMPLEMENTS", "DEVICE", "memory_available", "paged", "probe", "products", "streams"]
+__all__ = ["DEVICE", "memory_available", "paged", "probe", "products", "streams"]
 
 
 def probe() -> Probe:

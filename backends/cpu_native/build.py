@@ -1,4 +1,4 @@
-"""Compiling the kernels of this backend with the machine's own C++ compiler, once per source, compiler and processor.
+"""Compiling the kernels of this backend with the machine's own C++ compiler, once per sources, flags and processor.
 
 The library lies in the user's cache directory under a name that changes with any of these, so that a library built for another
 processor is never loaded.

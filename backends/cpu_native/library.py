@@ -28,10 +28,10 @@ _SIGNATURES = {
     "v4_rms_norm": ("ppp" + "llf", None),
     "v4_rope": ("pppp" + "llllfif", None),
     "v4_insert": ("ppplll", "i"),
-    "v4_attention": ("p" * 10 + "l" * 10 + "fi", None),
-    "v4_index_scores": ("ppppp" + "lllli", None),
+    "v4_attention": ("p" * 10 + "l" * 12 + "fi", "i"),
+    "v4_index_scores": ("ppppp" + "lllllli", "i"),
     "v4_best": ("ppll", None),
-    "v4_compress": ("p" * 12 + "l" * 9 + "fi", None),
+    "v4_compress": ("p" * 12 + "l" * 10 + "fi", "i"),
 }
 
 

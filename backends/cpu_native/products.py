@@ -24,6 +24,7 @@ def _linear_fits(x: Tensor, weight_NK: Tensor, *, out_dtype: torch.dtype | None 
         and 0 < x.shape[0] <= FEW
         and x.dtype == weight_NK.dtype == torch.float32
         and out_dtype in (None, torch.float32)
+        and x.shape[1] == weight_NK.shape[1]
         and weight_NK.is_contiguous()
     )
 
@@ -37,7 +38,8 @@ def _linear(x: Tensor, weight_NK: Tensor, *, out_dtype: torch.dtype | None = Non
 
 
 def _grouped_fits(x_TGK: Tensor, weight_GNK: Tensor) -> bool:
-    return 0 < x_TGK.shape[0] <= FEW and x_TGK.dtype == weight_GNK.dtype == torch.float32 and weight_GNK.is_contiguous()
+    agree = x_TGK.shape[1] == weight_GNK.shape[0] and x_TGK.shape[2] == weight_GNK.shape[2]
+    return agree and 0 < x_TGK.shape[0] <= FEW and x_TGK.dtype == weight_GNK.dtype == torch.float32 and weight_GNK.is_contiguous()
 
 
 @grouped_linear.implement("cpu_native", dtypes=F32, needs=[NEED], when=_grouped_fits, note=_NOTE)
@@ -55,6 +57,9 @@ def _moe_fits(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2:
         and x_TD.dtype == w13.dtype == w2.dtype == torch.float32
         and w13.is_contiguous()
         and w2.is_contiguous()
+        and ids_TK.shape == weights_TK.shape == (x_TD.shape[0], ids_TK.shape[1])
+        and w13.shape == (w2.shape[0], 2 * w2.shape[2], x_TD.shape[1])
+        and w2.shape[1] == x_TD.shape[1]
     )
 
 
@@ -73,7 +78,8 @@ def _moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: 
 
 
 def _swiglu_fits(gate_up_T2I: Tensor, *, limit: float, row_weight: Tensor | None = None) -> bool:
-    return gate_up_T2I.dim() == 2 and 0 < gate_up_T2I.shape[0] <= FEW and gate_up_T2I.dtype == torch.float32
+    agree = gate_up_T2I.dim() == 2 and (row_weight is None or row_weight.shape == gate_up_T2I.shape[:1])
+    return agree and 0 < gate_up_T2I.shape[0] <= FEW and gate_up_T2I.dtype == torch.float32
 
 
 @clamped_swiglu.implement("cpu_native", dtypes=F32, needs=[NEED], when=_swiglu_fits, note=_NOTE)
@@ -86,7 +92,8 @@ def _clamped_swiglu(gate_up_T2I: Tensor, *, limit: float, row_weight: Tensor | N
 
 
 def _gate_fits(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, *, topk: int, scale: float) -> bool:
-    return 0 < x_TD.shape[0] <= FEW and x_TD.dtype == weight_ED.dtype == bias_E.dtype == torch.float32
+    agree = x_TD.shape[1] == weight_ED.shape[1] and bias_E.shape == weight_ED.shape[:1] and topk <= bias_E.shape[0]
+    return agree and 0 < x_TD.shape[0] <= FEW and x_TD.dtype == weight_ED.dtype == bias_E.dtype == torch.float32
 
 
 @gate_topk.implement("cpu_native", dtypes=F32, needs=[NEED], when=_gate_fits, note=_NOTE)
@@ -101,7 +108,8 @@ def _gate_topk(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, *, topk: int, sc
 
 def _hash_fits(x_TD: Tensor, weight_ED: Tensor, tid2eid_VK: Tensor, token_ids_T: Tensor, *, scale: float) -> bool:
     plain = x_TD.dtype == weight_ED.dtype == torch.float32 and tid2eid_VK.dtype == torch.int64
-    return plain and 0 < x_TD.shape[0] <= FEW and tid2eid_VK.is_contiguous()
+    agree = x_TD.shape[1] == weight_ED.shape[1] and token_ids_T.shape == x_TD.shape[:1]
+    return plain and agree and 0 < x_TD.shape[0] <= FEW and tid2eid_VK.is_contiguous()
 
 
 @gate_hash.implement("cpu_native", dtypes=F32, needs=[NEED], when=_hash_fits, note=_NOTE)

@@ -20,10 +20,18 @@ def _plain(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 for t in tensors)
 
 
+def _weights_fit(streams_TnD: Tensor, rows: int, scales: int, fn: Tensor, scale: Tensor, base: Tensor) -> bool:
+    t, n, d = streams_TnD.shape
+    agree = fn.shape == (rows, n * d) and scale.shape == (scales,) and base.shape == (rows,)
+    packed = fn.is_contiguous() and scale.is_contiguous() and base.is_contiguous()
+    return agree and packed and 0 < t <= FEW and _plain(streams_TnD, fn, scale, base)
+
+
 def _pre_fits(
     streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float, iters: int
 ) -> bool:
-    return 0 < streams_TnD.shape[0] <= FEW and _plain(streams_TnD, fn, scale, base) and fn.is_contiguous()
+    n = streams_TnD.shape[1]
+    return _weights_fit(streams_TnD, (2 + n) * n, 3, fn, scale, base)
 
 
 @hc_pre.implement("cpu_native", dtypes=F32, needs=[NEED], when=_pre_fits, note=_NOTE)
@@ -40,7 +48,7 @@ def _hc_pre(
 
 
 def _head_fits(streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float) -> bool:
-    return 0 < streams_TnD.shape[0] <= FEW and _plain(streams_TnD, fn, scale, base) and fn.is_contiguous()
+    return _weights_fit(streams_TnD, streams_TnD.shape[1], 1, fn, scale, base)
 
 
 @hc_head.implement("cpu_native", dtypes=F32, needs=[NEED], when=_head_fits, note=_NOTE)
@@ -54,7 +62,9 @@ def _hc_head(streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, no
 
 
 def _post_fits(y_TD: Tensor, streams_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> bool:
-    return 0 < y_TD.shape[0] <= FEW and _plain(y_TD, streams_TnD, post_Tn, comb_Tnn)
+    t, n, d = streams_TnD.shape
+    agree = y_TD.shape == (t, d) and post_Tn.shape == (t, n) and comb_Tnn.shape == (t, n, n)
+    return agree and 0 < t <= FEW and _plain(y_TD, streams_TnD, post_Tn, comb_Tnn)
 
 
 @hc_post.implement("cpu_native", dtypes=F32, needs=[NEED], when=_post_fits, note=_NOTE)
@@ -66,7 +76,7 @@ def _hc_post(y_TD: Tensor, streams_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tenso
 
 
 def _norm_fits(x: Tensor, weight: Tensor, *, eps: float) -> bool:
-    return x.dtype == weight.dtype == torch.float32 and 0 < x.numel() <= _SMALL
+    return x.dtype == weight.dtype == torch.float32 and 0 < x.numel() <= _SMALL and weight.shape == x.shape[-1:]
 
 
 @rms_norm.implement("cpu_native", dtypes=F32, needs=[NEED], when=_norm_fits, note="small fp32")
@@ -99,8 +109,13 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float, normalise: int, ep
     return y
 
 
+def _turn_fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    agree = x.dim() in (2, 3) and cos.shape == sin.shape == (x.shape[0], cos.shape[1]) and 2 * cos.shape[1] <= x.shape[-1]
+    return agree and 0 < x.numel() <= _SMALL and _plain(x, cos, sin)
+
+
 def _rope_fits(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, inverse: bool = False) -> bool:
-    return x.dtype == torch.float32 and 0 < x.numel() <= _SMALL and _plain(cos_TR2, sin_TR2)
+    return _turn_fits(x, cos_TR2, sin_TR2)
 
 
 @rope.implement("cpu_native", dtypes=F32, needs=[NEED], when=_rope_fits, note="small fp32")
@@ -109,7 +124,7 @@ def _rope(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, inverse: bool = False)
 
 
 def _q_fits(q_THC: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float) -> bool:
-    return q_THC.dtype == torch.float32 and 0 < q_THC.numel() <= _SMALL and _plain(cos_TR2, sin_TR2)
+    return _turn_fits(q_THC, cos_TR2, sin_TR2)
 
 
 @q_norm_rope.implement("cpu_native", dtypes=F32, needs=[NEED], when=_q_fits, note="small fp32")
@@ -118,7 +133,8 @@ def _q_norm_rope(q_THC: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float)
 
 
 def _insert_fits(cache: Tensor, rows_RW: Tensor, slots: Tensor) -> bool:
-    return cache.dtype == rows_RW.dtype and cache.is_contiguous() and slots.dtype == torch.int64 and rows_RW.shape[0] <= 64
+    agree = rows_RW.shape == (slots.shape[0], cache.shape[2]) and cache.dtype == rows_RW.dtype and slots.dtype == torch.int64
+    return agree and cache.is_contiguous() and rows_RW.shape[0] <= 64
 
 
 @cache_insert.implement("cpu_native", needs=[NEED], when=_insert_fits, note="up to 64 rows of one type")

@@ -101,18 +101,26 @@ def measure_decode(own: Own, peer: Side, vocabulary: int, sizes: Sizes, say: Cal
             side.step()
     # one bandwidth before each round, against the steps that follow it: on a shared machine both move together
     needed = own.floor_bytes(sizes.prompt)
-    rounds: list[dict[str, float]] = []
+    rounds: list[dict[str, Any]] = []
     for _ in range(sizes.rounds):
         rate = machine.bandwidth()
         taken = alternate((own, peer), 1, sizes.steps)
-        rounds.append({"bandwidth": rate["best"], "of_floor": needed["total"] / 1e9 / rate["best"] / taken["v4"], **taken})
+        rounds.append(
+            {
+                **taken,
+                **{k: v for k, v in rate.items() if k != "method"},
+                "of_floor": needed["total"] / 1e9 / rate["best"] / taken["v4"],
+            }
+        )
     seconds = {side.name: statistics.median(r[side.name] for r in rounds) for side in (own, peer)}
-    best = statistics.median(r["bandwidth"] for r in rounds)
+    best = statistics.median(r["best"] for r in rounds)
     floor = needed["total"] / 1e9 / best
     counted = own.op_bytes()
     own.reset()
     peer.reset()
-    say(f"decode at {sizes.prompt}: {seconds}, floor {floor:.4f} s at {best:.1f} GB/s, of floor {[round(r['of_floor'], 2) for r in rounds]}")
+    say(
+        f"decode at {sizes.prompt}: {seconds}, floor {floor:.4f} s at {best:.1f} GB/s, of floor {[round(r['of_floor'], 2) for r in rounds]}"
+    )
     return {
         "tokens": sizes.prompt,
         "seconds_per_token": seconds,

@@ -98,30 +98,41 @@ extern "C" {
 
 // out [T, H, C]. window [., PW, C] by window_table [B, BW]; entries [., PE, C] by entry_table [B, BE], or null;
 // index [T, K] names the entries of each token (-1: none), null: all visible ones; ratio tokens make an entry.
-void v4_attention(const float* q, const float* window_cache, const int32_t* window_table, const float* sink, const int32_t* cu,
+// Returns 0, or -1 for a row that the tables or caches do not have.
+int v4_attention(const float* q, const float* window_cache, const int32_t* window_table, const float* sink, const int32_t* cu,
                   const int32_t* start, const float* entries, const int32_t* entry_table, const int32_t* index, float* out, long batch,
-                  long heads, long c, long window_block, long window_width, long entry_block, long entry_width, long k, long window,
-                  long ratio, float scale, int threads) {
+                  long heads, long c, long window_block, long window_width, long window_blocks, long entry_block, long entry_width,
+                 long entry_blocks, long k, long window, long ratio, float scale, int threads) {
   Rows rows;
   for (long b = 0; b < batch; ++b)
     for (long t = cu[b]; t < cu[b + 1]; ++t) {
       const long position = start[b] + t - cu[b];
+      const int32_t *near = window_table + b * window_width, *far = entry_table + b * entry_width;
+      const long first = std::max(0L, position - window + 1), seen = entries ? (position + 1) / ratio : 0;
       rows.clear();
       if (entries && index) {
-        for (long j = 0; j < k; ++j)
-          if (index[t * k + j] >= 0) rows.push_back(at(entries, entry_table + b * entry_width, index[t * k + j], entry_block, c));
-      } else if (entries) {
-        for (long e = 0; e < (position + 1) / ratio; ++e) rows.push_back(at(entries, entry_table + b * entry_width, e, entry_block, c));
+        for (long j = 0; j < k; ++j) {
+          const long e = index[t * k + j];
+          if (e < 0) continue;
+          if (!v4::held(far, e, e + 1, entry_block, entry_width, entry_blocks)) return -1;
+          rows.push_back(at(entries, far, e, entry_block, c));
+        }
+      } else {
+        if (entries && !v4::held(far, 0, seen, entry_block, entry_width, entry_blocks)) return -1;
+        for (long e = 0; e < seen; ++e) rows.push_back(at(entries, far, e, entry_block, c));
       }
-      for (long p = std::max(0L, position - window + 1); p <= position; ++p)
-        rows.push_back(at(window_cache, window_table + b * window_width, p, window_block, c));
+      if (!v4::held(near, first, position + 1, window_block, window_width, window_blocks)) return -1;
+      for (long p = first; p <= position; ++p) rows.push_back(at(window_cache, near, p, window_block, c));
       attend(q + t * heads * c, sink, rows, out + t * heads * c, heads, c, scale, threads);
     }
+  return 0;
 }
 
-// scores [n]: sum over heads of w [H] * relu(q [H, d] . key) for the first n entries of one sequence; H a multiple of 16
-void v4_index_scores(const float* q, const float* w, const float* keys, const int32_t* table, float* scores, long n, long heads, long d,
-                     long per_block, int threads) {
+// scores [n]: sum over heads of w [H] * relu(q [H, d] . key) for the first n entries of one sequence; H a multiple of 16.
+// Returns 0, or -1 for an entry that the table or the cache does not have.
+int v4_index_scores(const float* q, const float* w, const float* keys, const int32_t* table, float* scores, long n, long heads, long d,
+                    long per_block, long width, long blocks, int threads) {
+  if (!v4::held(table, 0, n, per_block, width, blocks)) return -1;
   std::vector<float> turned(heads * d);
   v4::transpose(q, turned.data(), heads, d);
 #pragma omp parallel for schedule(static) num_threads(v4::team(n * d, threads))
@@ -150,6 +161,7 @@ void v4_index_scores(const float* q, const float* w, const float* keys, const in
     }
     for (int j = 0; j < kRows && e + j < n; ++j) scores[e + j] = v4::total(sum[j]);
   }
+  return 0;
 }
 
 // index [k] = the k < n best of scores, ascending; of equal ones the lowest; NaN counts as the largest

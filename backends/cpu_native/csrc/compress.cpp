@@ -4,8 +4,6 @@
 
 #include "vectors.h"
 
-extern "C" void v4_linear(const float*, const float*, float*, long, long, long, long, int);
-
 namespace {
 
 struct Stretch {  // tokens of one sequence: those before `start` in the state, the others of this call
@@ -59,10 +57,18 @@ void norm_rope(float* y, const float* weight, const float* cos, const float* sin
 extern "C" {
 
 // Projections kv, gate [W, D], ape [m, W]; state [., P, 2W] by state_table [B, blocks]. out [E, c], zeros behind the last entry.
-void v4_compress(const float* x, const float* wkv, const float* wgate, const float* ape, const float* norm_weight, const float* cos,
+// Returns 0, or -1 (nothing written) for a token that the table or the state does not have.
+int v4_compress(const float* x, const float* wkv, const float* wgate, const float* ape, const float* norm_weight, const float* cos,
                  const float* sin, float* state, const int32_t* table, const int32_t* cu, const int32_t* start, float* out, long batch,
-                 long d, long width, long c, long per_block, long table_width, long entries, long pairs, long ratio, float eps, int threads) {
-  const long tokens = cu[batch];
+                 long d, long width, long c, long per_block, long table_width, long blocks, long entries, long pairs, long ratio, float eps, int threads) {
+  const long tokens = cu[batch], overlap = width > c;
+  for (long b = 0; b < batch; ++b) {
+    const long first = std::max(0L, (start[b] / ratio - overlap) * ratio), end = start[b] + cu[b + 1] - cu[b];
+    if (cu[b] < cu[b + 1] && !v4::held(table + b * table_width, end / ratio > start[b] / ratio ? first : start[b], end, per_block, table_width, blocks))
+      return -1;
+  }
+  std::fill(out, out + entries * c, 0.0f);
+  if (!tokens) return 0;
   std::vector<float> k(tokens * width), s(tokens * width);
   v4_linear(x, wkv, k.data(), tokens, 1, width, d, threads);
   v4_linear(x, wgate, s.data(), tokens, 1, width, d, threads);
@@ -82,6 +88,6 @@ void v4_compress(const float* x, const float* wkv, const float* wgate, const flo
         std::memcpy(at.stored(p) + width, at.scores(p), width * sizeof(float));
       }
   }
-  std::fill(out + made * c, out + entries * c, 0.0f);
+  return 0;
 }
 }

@@ -46,10 +46,11 @@ inline float dot(const float* a, const float* b, long n) {
   return out;
 }
 
-// exp of values up to 88, lane by lane, within 2 units in the last place; -inf gives 0
+// exp of values up to 88, lane by lane; 0 below -87
 inline Lanes exponential(Lanes x) {
   typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-  x = x < -87.0f ? Lanes{} - 87.0f : x;
+  const auto gone = x < -87.0f;
+  x = gone ? Lanes{} : x;
   const Lanes shift = Lanes{} + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
   const Lanes n = (x * 1.44269504088896341f + shift) - shift;
   const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -61,7 +62,7 @@ inline Lanes exponential(Lanes x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-  return p * reinterpret_cast<const Lanes&>(power);
+  return gone ? Lanes{} : p * reinterpret_cast<const Lanes&>(power);
 }
 
 // Products of R rows with the heads of q, whose heads lie side by side: q [c, H], V vectors of heads from `first` on.
@@ -94,4 +95,15 @@ inline float inverse_rms(const float* x, long n, float eps) { return 1.0f / std:
 constexpr long kAlone = 1 << 14;
 inline int team(long floats, int threads) { return floats < kAlone ? 1 : threads; }
 
+// Whether the rows first..end-1 of a sequence lie in blocks that its table and the cache have.
+inline bool held(const int32_t* table, long first, long end, long per_block, long width, long blocks) {
+  if (first >= end) return true;
+  if (first < 0 || (end - 1) / per_block >= width) return false;
+  for (long i = first / per_block; i <= (end - 1) / per_block; ++i)
+    if (table[i] < 0 || table[i] >= blocks) return false;
+  return true;
+}
+
 }  // namespace v4
+
+extern "C" void v4_linear(const float* x, const float* w, float* y, long tokens, long groups, long n, long k, int threads);
