@@ -1,4 +1,4 @@
-"""Errors of a whole output: too large on the whole, or leaning to one side, though each single one is allowed.
+"""Errors of a whole output: too large on the whole, leaning to one side, or a gain, though each single one is allowed.
 
 An elementwise bound must leave room for the worst element. A bf16 accumulator or a truncation instead of a rounding can hide in
 that room; over many elements neither can.
@@ -15,6 +15,9 @@ EXCESS = 1.3
 """Largest allowed ratio of the RMS error to that of an ideal rounding, besides the contract's share of the bound's RMS."""
 LEAN = 8.0
 """Largest allowed |z| of the signs of the errors, in standard deviations."""
+GAIN = 2.0**-12
+"""Largest common gain error of the rows, as a share of the result: a sixteenth of bf16's unit roundoff. Smaller ones say nothing."""
+_FEWEST_ROWS = 16
 _FEWEST = 64  # elements below which neither says anything
 
 
@@ -45,3 +48,19 @@ def lean(y: Tensor, golden: Tensor, bound: Tensor) -> float | None:
         return None
     z = float(off[counted].sign().sum()) / n**0.5
     return z if abs(z) > LEAN else None
+
+
+def gain(y: Tensor, golden: Tensor) -> tuple[float, float] | None:
+    """(common gain error, t of its mean over the rows) when all rows are too large or too small together, else None.
+
+    Roundings inside an op err to both sides, so that the gains of rows scatter around 1 however coarse the type; a factor or a
+    truncation moves all of them. Each row's gain is the projection of its error on the golden row. y, golden [..., D], finite.
+    """
+    g = golden.reshape(-1, golden.shape[-1])
+    size = g.square().sum(1)
+    rows = size > 0
+    if int(rows.sum()) < _FEWEST_ROWS:
+        return None
+    d = ((y.double().reshape(g.shape) - g)[rows] * g[rows]).sum(1) / size[rows]
+    mean, spread = float(d.mean()), float(d.std()) / len(d) ** 0.5
+    return (mean, mean / max(spread, 1e-30)) if abs(mean) > GAIN and abs(mean) > LEAN * spread else None

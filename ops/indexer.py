@@ -75,9 +75,7 @@ def _index_topk(
     scores go to the lowest index. The keys of this call must be stored before. ValueError for contradicting shapes or tables.
     Source: specification section 7.
     """
-    score_TN, _ = index_scores_reference(
-        q_THd, w_TH, key_cache, block_table, cu_seqlens, start_pos, ratio=ratio, compute=compute
-    )
+    score_TN, _ = index_scores_reference(q_THd, w_TH, key_cache, block_table, cu_seqlens, start_pos, ratio=ratio, compute=compute)
     index = torch.full((q_THd.shape[0], topk), -1, dtype=torch.int32, device=q_THd.device)
     for t, seen in enumerate(visible_entries(cu_seqlens, start_pos, ratio)):
         best = score_TN[t, :seen].sort(descending=True, stable=True).indices[:topk]

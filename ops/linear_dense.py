@@ -153,9 +153,7 @@ grouped_linear = Contract(
     samples=_grouped_samples,
     errors=_grouped_errors,
     bound=lambda x_TGK, weight_GNK, *, golden, found: (
-        bounds.accumulate(
-            x_TGK.shape[2], torch.einsum("tgk,gnk->tgn", x_TGK.double().abs(), weight_GNK.double().abs())
-        ),
+        bounds.accumulate(x_TGK.shape[2], torch.einsum("tgk,gnk->tgn", x_TGK.double().abs(), weight_GNK.double().abs())),
     ),
     cost=lambda x_TGK, weight_GNK: Cost(
         2 * x_TGK.shape[0] * weight_GNK.numel(),

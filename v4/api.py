@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ from v4.model import Model
 from v4.prompt_texts import PromptTexts
 from v4.runner import Runner
 from v4.sampling import Sampler
-from v4.settings import Settings
+from v4.settings import Scope, Settings
 from v4.tokenizer import Tokenizer
 
 NUMERICS = ("exact", "reference")
@@ -124,7 +124,7 @@ class LoadedModel:
                 f"prompt of {len(found)} and {max_new_tokens} new tokens exceed the context of {self.max_context}; "
                 "shorten the prompt, ask for fewer tokens, or raise max_context"
             )
-        sampler = Sampler(self.binding.ops, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        sampler = Sampler(self.runner.model.end_ops, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         return generate(
             self.runner,
             found,
@@ -164,13 +164,14 @@ def load(
     cache_format: Format = Format(),
     mtp: bool = True,
     progress: bool = False,
+    scope: Scope | None = None,
 ) -> LoadedModel:
     """Load a checkpoint directory (hub format, or the same names stored plainly) for one backend.
 
     dtype: activation type. numerics: "exact" computes without quantisation simulation, "reference" with the official
     code's FP8/FP4 round trips. ops: op -> backend overrides. strict: no fallback to plain torch. batch_invariant: results of
-    a token do not depend on what else is in flight, bitwise. checked: validate every op call. Raises CheckpointError for damaged
-    files, NoImplementation with reasons, ValueError for a model that does not fit the memory or a wrong argument.
+    a token do not depend on what else is in flight, bitwise. checked: validate every op call. scope: (place, ops) -> the ops used
+    by that part of the model ("layers.3", "mtp.0", "head"), for recorders and planted faults. Raises CheckpointError for damaged files, NoImplementation with reasons, ValueError for a model that does not fit the memory or a wrong argument.
     """
     checkpoint = Checkpoint(path)
     config = checkpoint.config
@@ -180,7 +181,8 @@ def load(
     chain = chain_of(backend, strict=strict, batch_invariant=batch_invariant)
     binding = bind(chain, dtype=dtype, overrides=ops, checked=checked)
     module = load_backend(backend)
-    model = Model(plan_settings(config, checkpoint, binding.ops, dtype, numerics, cache_format), mtp=mtp and checkpoint.has_mtp)
+    settings = replace(plan_settings(config, checkpoint, binding.ops, dtype, numerics, cache_format), scope=scope)
+    model = Model(settings, mtp=mtp and checkpoint.has_mtp)
     _refuse_too_large(parameter_bytes(model), module.memory_available(), "the weights")
     report = load_parameters(model, checkpoint, dtype=dtype, device=module.DEVICE, progress=progress, include_mtp=mtp)
     tokenizer = Tokenizer(checkpoint.path) if (checkpoint.path / "tokenizer.json").is_file() else None

@@ -81,7 +81,7 @@ class Drafter:
         """`count` greedy drafts after the last confirmed token; the drafter's cache is left as it was."""
         drafts: list[int] = []
         for i in range(self.count):
-            drafts.append(int(self.runner.model.ops.argmax(self.runner.draft_logits(streams_1nD))))
+            drafts.append(int(self.runner.model.end_ops.argmax(self.runner.draft_logits(streams_1nD))))
             if i + 1 < self.count:
                 streams_1nD = self.runner.draft(self.cache, self.sequence, drafts[-1:], streams_1nD)
         self.sequence.rollback(self.count - 1)

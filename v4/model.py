@@ -78,12 +78,14 @@ class Model(nn.Module):
         count = c.num_hidden_layers
         self.ratios = tuple(c.ratio(i) for i in range(count))
         self.mtp_ratios = tuple(c.ratio(count + i) for i in range(c.num_nextn_predict_layers if mtp else 0))
+        end = s.at("head")
+        self.end_ops = end.ops
         self.embed = Embedding(s)
-        self.layers = nn.ModuleList(Block(s, m, c.is_hash(i)) for i, m in enumerate(self.ratios))
-        self.norm = Norm(s, c.hidden_size)
-        self.hc_head = HyperConnection(self, "hc_head", s.ops, c, head=True)
-        self.head = Linear(s.ops, c.vocab_size, c.hidden_size, dtype=s.dtype)
-        self.mtp = nn.ModuleList(MTPBlock(s, m) for m in self.mtp_ratios)
+        self.layers = nn.ModuleList(Block(s.at(f"layers.{i}"), m, c.is_hash(i)) for i, m in enumerate(self.ratios))
+        self.norm = Norm(end, c.hidden_size)
+        self.hc_head = HyperConnection(self, "hc_head", end.ops, c, head=True)
+        self.head = Linear(end.ops, c.vocab_size, c.hidden_size, dtype=s.dtype)
+        self.mtp = nn.ModuleList(MTPBlock(s.at(f"mtp.{i}"), m) for i, m in enumerate(self.mtp_ratios))
 
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """Streams [T, n, D] after the last layer, before the head; stores this call's rows in `cache`."""
@@ -95,7 +97,7 @@ class Model(nn.Module):
 
     def logits(self, streams_RnD: Tensor) -> Tensor:
         """Streams of the wanted rows -> logits fp32 [R, V]."""
-        return self.ops.linear(self.norm(self.hc_head.head(streams_RnD)), self.head.weight, out_dtype=torch.float32)
+        return self.end_ops.linear(self.norm(self.hc_head.head(streams_RnD)), self.head.weight, out_dtype=torch.float32)
 
     @property
     def _drafter(self) -> MTPBlock:
@@ -110,4 +112,4 @@ class Model(nn.Module):
     def draft_logits(self, streams_RnD: Tensor) -> Tensor:
         """Logits fp32 [R, V] of MTP streams, through the block's own head collapse and norm and the shared LM head."""
         block = self._drafter
-        return self.ops.linear(block.norm(block.hc_head.head(streams_RnD)), self.head.weight, out_dtype=torch.float32)
+        return self.end_ops.linear(block.norm(block.hc_head.head(streams_RnD)), self.head.weight, out_dtype=torch.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -11,12 +12,16 @@ from v4.cache import Format
 from v4.config import Config
 
 
+Scope = Callable[[str, SimpleNamespace], SimpleNamespace]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every module of the graph receives.
 
     packed: FP8/FP4 weights stay packed and activations are quantised before each such product.
     simulate: cache rows and index keys take the official FP8/FP4 round trips.
+    scope: (place, ops) -> ops used there; how a recorder or a planted fault sees the calls of one layer only. None: ops everywhere.
     """
 
     config: Config
@@ -26,6 +31,11 @@ class Settings:
     simulate: bool = False
     experts: str = "dense"
     format: Format = Format()
+    scope: Scope | None = None
+
+    def at(self, place: str) -> Settings:
+        """Settings of one part of the model ("layers.3", "mtp.0", "head"): with the ops that `scope` gives for it, if there is one."""
+        return self if self.scope is None else replace(self, ops=self.scope(place, self.ops))
 
     def __post_init__(self) -> None:
         if self.experts not in ("dense", "fp4", "fp8"):

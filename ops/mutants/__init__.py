@@ -1,0 +1,7 @@
+"""Mutants of every op (the judge must reject each of them) and legal variants (it must accept each)."""
+
+from ops.mutants import generic
+from ops.mutants.core import LEGAL, MUTANTS, Variant, rounded_reference, samples_by_size
+from ops.mutants.plant import Plant
+
+__all__ = ["LEGAL", "MUTANTS", "Plant", "Variant", "generic", "rounded_reference", "samples_by_size"]
