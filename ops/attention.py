@@ -28,7 +28,7 @@ def read_rows(cache: Tensor, slots: Tensor, channels: int, dtype: torch.dtype) -
     return cache[slots // cache.shape[1], slots % cache.shape[1]].to(dtype)
 
 
-def _queries(
+def queries(
     q_THC: Tensor,
     window_cache: Tensor,
     window_table: Tensor,
@@ -82,7 +82,7 @@ def _sparse_attention(
     """
     out = torch.empty(q_THC.shape, dtype=compute, device=q_THC.device)
     sink_H1 = sink_H.to(compute)[:, None]
-    for t, q_HC, rows_nC in _queries(
+    for t, q_HC, rows_nC in queries(
         q_THC, window_cache, window_table, cu_seqlens, start_pos, window, cmp_cache, cmp_table, cmp_index, ratio, compute
     ):
         logits_Hn = torch.cat((q_HC @ rows_nC.T * scale, sink_H1), dim=1)
@@ -160,7 +160,7 @@ def _bound(
     u, unit = bounds.SPREAD * bounds.roundoff(torch.float32), bounds.roundoff(q_THC.dtype)
     allowed = torch.zeros(q_THC.shape, dtype=torch.float64)
     sink_H1 = sink_H.double()[:, None]
-    for t, q_HC, rows_nC in _queries(
+    for t, q_HC, rows_nC in queries(
         q_THC, window_cache, window_table, cu_seqlens, start_pos, window, cmp_cache, cmp_table, cmp_index, ratio, torch.float64
     ):
         logits_Hn = q_HC @ rows_nC.T * scale

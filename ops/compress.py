@@ -337,6 +337,7 @@ def _compress_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
         ("long-ragged", [130, 0, 2, 1, 3], [0, 5, 127, 255, 129], {**long, "padding": 2}),
         ("long-drop", [300], [100], {**long, "per_block": 16, "drop": True}),
         ("long-flash", [2], [127], {**long, "c": 512, "hidden": 4096, "rotary": 64}),
+        ("many", [90], [5], {}),
     ]
     for j, (name, lengths, starts, options) in enumerate(cases):
         args = _case(dtype, seed + j, lengths, starts, **options)

@@ -207,7 +207,7 @@ def _gate_topk_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
 
 def _gate_hash_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     g = torch.Generator().manual_seed(seed)
-    for index, (name, shape) in enumerate(_SHAPES.items()):
+    for index, (name, shape) in enumerate({**_SHAPES, "large-table": (64, 384, 16, 6)}.items()):
         x, w, _ = _random(g, shape, dtype, 2.0)
         vocab = 11
         table = torch.stack([torch.randperm(shape[1], generator=g)[: shape[3]] for _ in range(vocab)])

@@ -164,6 +164,7 @@ def _samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
         ("verify", [(100, 3)], {"ordered": True, "block_rows": 16}),
         ("decode", [(403, 1)], {"topk": 16, "ordered": True, "block_rows": 16}),
         ("chunk", [(150, 45)], {"topk": 16, "ordered": True, "block_rows": 8}),
+        ("crowded", [(4373, 24)], {"topk": 64, "ordered": True, "block_rows": 64}),
         ("coarse-ratio", [(250, 11)], {"ratio": 7, "topk": 5}),
         ("flash", [(60, 2)], {"heads": 64, "d": 128, "topk": 8}),
         ("ties", [(150, 9), (90, 1)], {"heads": 2, "d": 4, "values": "integer"}),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ops.contract import CONTRACTS, Contract, Sample, tensors_bytes
+from ops.registry import signature
 
 Function = Callable[..., Any]
 
@@ -102,3 +103,10 @@ def size(sample: Sample) -> int:
 def samples_by_size(contract: Contract, dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     """The contract's samples, small ones first."""
     yield from sorted(contract.samples(dtype, seed), key=size)
+
+
+def arguments(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, defaults included."""
+    bound = signature(CONTRACTS[op]).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
