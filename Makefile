@@ -17,12 +17,13 @@ TORCH := $(VENV)/.torch-installed
 READY := $(VENV)/.ready
 NANO := build/nano
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all parity-nightly lint bench clean
 
 help:
 	@echo "make demo      make a small random model in the hub's format and let it generate tokens"
 	@echo "make test      fast tests (under 10 minutes on 2 cores)"
 	@echo "make test-all  every test"
+	@echo "make parity-nightly  100,000 judged cases, mutants on 20 seeds, legal variants on 50"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     CPU timings beside transformers (long)"
 	@echo "make setup     only the environment, in $(VENV)"
@@ -49,10 +50,14 @@ demo: $(READY) $(NANO)/model.safetensors.index.json
 	@$(BIN)/v4 generate --model $(NANO) --max-new-tokens $(TOKENS) --explain "$(PROMPT)"
 
 test: $(READY)
+	$(BIN)/v4 parity --min-cases 3000 --mutant-seeds 0 --legal-seeds 0
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m ""
+
+parity-nightly: $(READY)
+	$(BIN)/v4 parity --samples 520 --min-cases 100000 --mutant-seeds 20 --legal-seeds 50 --html build/parity.html --json build/parity.json --overwrite
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tools.parity import arguments as parity_arguments
+
 PASS, FAIL, COULD_NOT_RUN = 0, 1, 2
 OWN = ("v4", "ops", "backends", "tools")
 
@@ -79,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--ranks", type=int, default=1)
     plan.add_argument("--memory-gib", type=float, metavar="GIB", help="exit code 1 when a rank needs more than this")
     plan.add_argument("--json", action="store_true")
+    parity_arguments.add(verbs)
     return top
 
 
@@ -129,6 +132,10 @@ def _run(args: argparse.Namespace) -> int:
         from tools import checkpoint
 
         return checkpoint.run(args)
+    if args.verb == "parity":
+        from tools.parity import run as parity
+
+        return parity.run(args)
     from tools import generate
 
     return generate.run(args)

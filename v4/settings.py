@@ -11,7 +11,6 @@ import torch
 from v4.cache import Format
 from v4.config import Config
 
-
 Scope = Callable[[str, SimpleNamespace], SimpleNamespace]
 
 

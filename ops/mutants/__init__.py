@@ -1,18 +1,14 @@
 """Mutants of every op (the judge must reject each of them) and legal variants (it must accept each)."""
 
-from ops.mutants import attention, compress, gate, generic, hyper, indexer, norm, rope
+from importlib import import_module
+
 from ops.mutants.core import LEGAL, MUTANTS, Variant, rounded_reference, samples_by_size
 from ops.mutants.plant import Plant
 
-__all__ = [
-    "LEGAL",
-    "MUTANTS",
-    "Plant",
-    "Variant",
-    "attention",
-    "compress",
-    "generic",
-    "indexer",
-    "rounded_reference",
-    "samples_by_size",
-]
+__all__ = ["FAMILIES", "LEGAL", "MUTANTS", "Plant", "Variant", "rounded_reference", "samples_by_size"]
+
+FAMILIES = ("attention", "compress", "gate", "generic", "hyper", "indexer", "norm", "rope")
+"""Modules of this package that declare variants."""
+
+for _family in FAMILIES:
+    import_module(f"ops.mutants.{_family}")

@@ -21,19 +21,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def _tasks(a: dict[str, Any], compute: torch.dtype = torch.float32) -> Iterator[tuple[int, Tensor, Tensor]]:
-    names = (
-        "q_THC",
-        "window_cache",
-        "window_table",
-        "cu_seqlens",
-        "start_pos",
-        "window",
-        "cmp_cache",
-        "cmp_table",
-        "cmp_index",
-        "ratio",
-    )
-    return queries(*(a[n] for n in names), compute)
+    return queries(
+        a["q_THC"], a["window_cache"], a["window_table"], a["cu_seqlens"], a["start_pos"], a["window"], a["cmp_cache"], a["cmp_table"],
+        a["cmp_index"], a["ratio"], compute,
+    )  # fmt: skip
 
 
 def _with(attend: Attend) -> Callable[..., Tensor]:

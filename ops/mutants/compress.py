@@ -96,7 +96,7 @@ mutant(_OP, "ape_chunk_relative", "the position bias is looked up by the place i
 
 
 def _no_overlap(rows: Tensor, *batch: Any) -> Any:
-    *_, ratio, c = batch
+    ratio = batch[-2]
     for k, s in op._windows(rows, *batch):
         yield k[-ratio:], s[-ratio:]
 

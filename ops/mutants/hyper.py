@@ -63,7 +63,6 @@ def _low_rounds(logits: Tensor, eps: float, iters: int) -> Tensor:
 
 
 def _per_stream(x: Tensor, fn: Tensor, eps: float) -> Tensor:
-    n, d = x.shape[1:]
     return (x.flatten(1).float() @ fn.T) * torch.rsqrt(x[:, 0].float().square().mean(-1, keepdim=True) + eps)
 
 

@@ -113,8 +113,8 @@ def _reversed(x: Tensor, eps: float) -> Tensor:
 
 
 def _by_halves(x: Tensor, eps: float) -> Tensor:
-    total = sum(part.square().sum(-1, keepdim=True) for part in x.tensor_split(2, -1))
-    return x * torch.rsqrt(total / x.shape[-1] + eps)
+    left, right = (part.square().sum(-1, keepdim=True) for part in x.tensor_split(2, -1))
+    return x * torch.rsqrt((left + right) / x.shape[-1] + eps)
 
 
 for _name, _what, _normed in (

@@ -1,0 +1,1 @@
+"""Parity: every contract on every backend, judged against float64, with the holes of the coverage counted."""

@@ -1,0 +1,204 @@
+"""Judging the contracts' samples on backends: which combinations run, which are holes and why, and every case's verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.contract import CONTRACTS, Contract, Sample
+from ops.judge import Verdict, golden_of, judge
+from ops.mutants import Plant
+from ops.probe import Probe
+from ops.registry import load_backend, signature
+
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {short: dtype for dtype, short in SHORT.items()}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One cell of the coverage: an op on a backend, for an activation type and a chip (None: the one of this machine)."""
+
+    op: str
+    backend: str
+    dtype: str
+    soc: str | None
+
+    def __str__(self) -> str:
+        return f"{self.op} on {self.backend}, {self.dtype}" + (f", {self.soc}" if self.soc else "")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One judged call. `worst` is the largest error divided by its allowance."""
+
+    where: Combination
+    seed: int
+    sample: str
+    ok: bool
+    worst: float
+    problems: tuple[str, ...]
+
+    @property
+    def repeat(self) -> str:
+        """The command that judges this case again, alone."""
+        soc = f" --soc {self.where.soc}" if self.where.soc else ""
+        head = f"v4 parity --op {self.where.op} --backend {self.where.backend} --dtype {self.where.dtype}{soc}"
+        return f"{head} --seed {self.seed} --sample {self.sample} --mutant-seeds 0"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; `worst` is null where it is not finite."""
+        worst = self.worst if self.worst < float("inf") else None
+        return {**vars(self.where), "seed": self.seed, "sample": self.sample, "ok": self.ok, "worst": worst,
+                "problems": list(self.problems), "repeat": self.repeat}  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """Everything a run found: judged cases, and per hole the reason."""
+
+    cases: list[Case] = field(default_factory=list)
+    holes: dict[Combination, str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> list[Case]:
+        """Cases whose verdict is wrong, the worst first."""
+        return sorted((c for c in self.cases if not c.ok), key=lambda c: -c.worst)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a backend runs for a combination: the function, its shape rule, and where its tensors live."""
+
+    fn: Callable[..., Any]
+    when: Callable[..., bool] | None
+    device: torch.device
+
+
+def _on_device(fn: Callable[..., Any], contract: Contract, device: torch.device) -> Callable[..., Any]:
+    """`fn` on tensors of another device: arguments go there, results and written arguments come back."""
+
+    def there(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature(contract).bind(*args, **kwargs)
+        moved = {name: there(value) for name, value in bound.arguments.items()}
+        here = dict(bound.arguments)
+        bound.arguments.update(moved)
+        found = fn(*bound.args, **bound.kwargs)
+        for name, value in here.items():
+            if isinstance(value, Tensor):
+                value.copy_(moved[name])
+        if found is None:
+            return None
+        return found.cpu() if isinstance(found, Tensor) else tuple(f.cpu() for f in found)
+
+    return call
+
+
+def candidate(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype) -> Candidate | str:
+    """What `backend` runs for the op, or the reason why it has nothing."""
+    module = load_backend(backend)
+    device = torch.device(module.DEVICE)
+    impl = contract.impls.get(backend)
+    if impl is not None and (reason := impl.refusal(probe, dtype)) is not None:
+        return reason
+    if impl is not None:
+        fn = impl.fn if device.type == "cpu" else _on_device(impl.fn, contract, device)
+        return Candidate(fn, impl.when, device)
+    if contract.compose is None:
+        return "not written"
+    parts = {}
+    for part in contract.parts:
+        found = candidate(CONTRACTS[part], backend, probe, dtype)
+        if isinstance(found, str) or found.when is not None:
+            return f"not written, and its part {part} does not take every input"
+        parts[part] = found.fn
+    return Candidate(contract.compose(SimpleNamespace(**parts)), None, device)
+
+
+def socs_of(module: ModuleType, wanted: Sequence[str]) -> tuple[str | None, ...]:
+    """Chips to look at: those asked for among the backend's, all of its own, or just this machine's."""
+    own: tuple[str, ...] = getattr(module, "SOCS", ())
+    return tuple(s for s in own if not wanted or s in wanted) or ((None,) if not own else ())
+
+
+def combinations(backends: Sequence[str], ops: Sequence[str], dtypes: Sequence[str], socs: Sequence[str]) -> list[Combination]:
+    """Cells of the coverage, in the order they are run."""
+    return [
+        Combination(op, backend, dtype, soc)
+        for backend in backends
+        for soc in socs_of(load_backend(backend), socs)
+        for op in ops
+        for dtype in dtypes
+    ]
+
+
+def _probe(where: Combination) -> Probe:
+    found: Probe = load_backend(where.backend).probe()
+    return found if where.soc is None else replace(found, soc=where.soc)
+
+
+def _rounds(contract: Contract, dtype: torch.dtype, seed: int, only: str | None) -> Iterator[tuple[int, list[Sample]]]:
+    while True:
+        yield seed, [s for s in contract.samples(dtype, seed) if only in (None, s.name)]
+        seed += 1
+
+
+def judge_combination(
+    where: Combination,
+    outcome: Outcome,
+    *,
+    seed: int,
+    at_least: int,
+    sample: str | None = None,
+    plant: Plant | None = None,
+    against: str | None = None,
+    step: Callable[[], object] = lambda: None,
+) -> None:
+    """Judge at least `at_least` samples of one combination (whole seeds), or note why it is a hole.
+
+    sample: only the one of this name, of one seed. plant: a fault to put in. against: judge another backend's results on the same
+    cases too (its cases carry its own name). `step` is called after each case.
+    """
+    contract, dtype = CONTRACTS[where.op], TYPES[where.dtype]
+    found = candidate(contract, where.backend, _probe(where), dtype)
+    if isinstance(found, str):
+        outcome.holes[where] = found
+        return
+    runs = [(where, found)]
+    if against is not None and against != where.backend:
+        other = replace(where, backend=against, soc=None)
+        second = candidate(contract, against, _probe(other), dtype)
+        if isinstance(second, str):
+            outcome.holes[other] = second
+        else:
+            runs.append((other, second))
+    done = 0
+    for s, samples in _rounds(contract, dtype, seed, sample):
+        before = done
+        for one in samples:
+            able = [(w, c) for w, c in runs if c.when is None or c.when(*one.args, **one.kwargs)]
+            if not able or able[0][0] != where:
+                continue
+            golden = golden_of(contract, one)
+            for w, c in able:
+                fn = plant.variant.make(c.fn) if plant and w == where and plant.variant.op == w.op else c.fn
+                outcome.cases.append(_case(w, s, judge(contract, fn, one, golden=golden)))
+                step()
+            done += 1
+        if done == before:
+            outcome.holes[where] = f"no sample named {sample}" if sample else "no sample meets its shape rule"
+            return
+        if done >= at_least or sample:
+            return
+
+
+def _case(where: Combination, seed: int, verdict: Verdict) -> Case:
+    return Case(where, seed, verdict.sample, verdict.ok, verdict.worst, verdict.problems)
