@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tools.compare import arguments as compare_arguments
 from tools.parity import arguments as parity_arguments
 
 PASS, FAIL, COULD_NOT_RUN = 0, 1, 2
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory-gib", type=float, metavar="GIB", help="exit code 1 when a rank needs more than this")
     plan.add_argument("--json", action="store_true")
     parity_arguments.add(verbs)
+    compare_arguments.add(verbs)
     return top
 
 
@@ -132,6 +134,10 @@ def _run(args: argparse.Namespace) -> int:
         from tools import checkpoint
 
         return checkpoint.run(args)
+    if args.verb == "compare":
+        from tools.compare import run as compare
+
+        return compare.run(args)
     if args.verb == "parity":
         from tools.parity import run as parity
 

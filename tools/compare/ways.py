@@ -1,0 +1,162 @@
+"""How an endpoint is asked for the log-probabilities of a given text, and which of these ways it understands.
+
+Requests carry temperature 1 and top_p 1, so that no server scales or cuts the distribution, and let it generate one token, because
+not every server accepts none; that token is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tools.compare.answers import Entry, Names, Unsuitable, completion, native, prompt_logprobs
+from tools.compare.client import Client, EndpointError, Refused
+from tools.compare.prompts import Prompt
+
+NAMES = ("echo", "prompt-logprobs", "generate", "steps")
+_ONE = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+# vLLM's requests to name tokens by id, which text can not always do
+_IDS = {"return_tokens_as_token_ids": True}
+_PLAIN = {"add_special_tokens": False}
+_HINT = (
+    "vLLM answers both ways as it is (up to --max-logprobs, 20); SGLang by /generate beside /v1; servers that only return "
+    "log-probabilities of what they generate can be compared at some positions: --stride 16"
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One form of request. `text`: the prompt goes as text, not as ids. `extras`: with fields that only vLLM knows."""
+
+    name: str
+    text: bool = False
+    extras: bool = False
+
+    def __str__(self) -> str:
+        form = "text" if self.text else "token ids"
+        return f"{self.name} with {form}{' and vLLM fields' if self.extras else ''}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Entries of a prompt's tokens [n]. `same` tokens from the start are ours; `departure` is the first that is not:
+    (position, our text, the server's text), None when all agree."""
+
+    entries: list[Entry]
+    same: int
+    departure: tuple[int, str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Asks one endpoint. model: its name there. top: others per position. stride: distance of the positions of `steps`."""
+
+    client: Client
+    model: str
+    names: Names
+    top: int
+    stride: int | None = None
+
+    def ask(self, way: Way, prompt: Prompt, *, patient: bool = True) -> Answer:
+        """The endpoint's log-probabilities of one prompt. Refused, Unsuitable: this way does not work; EndpointError: nothing does."""
+        if way.name == "steps":
+            return self._steps(prompt, patient)
+        sent: object = self._text(prompt) if way.text else list(prompt.ids)
+        extras = {**(_IDS if way.extras else {}), **(_PLAIN if way.extras and way.text else {})}
+        if way.name == "generate":
+            body: dict[str, Any] = {
+                "text" if way.text else "input_ids": sent,
+                "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+                "top_logprobs_num": self.top,
+            }
+            entries = native(self.client.post(f"{self.client.root}/generate", body, patient=patient))
+        else:
+            kind = {"echo": True, "logprobs": self.top} if way.name == "echo" else {"prompt_logprobs": self.top}
+            answer = self.client.post(self._url, {"model": self.model, "prompt": sent, **_ONE, **kind, **extras}, patient=patient)
+            entries = completion(answer) if way.name == "echo" else prompt_logprobs(answer, prompt.ids)
+        return self._aligned(entries, prompt, way)
+
+    @property
+    def _url(self) -> str:
+        return f"{self.client.url}/completions"
+
+    def _text(self, prompt: Prompt) -> str:
+        if prompt.text is None:
+            raise Unsuitable(f"prompt {prompt.id} is given by ids that are no text")
+        return prompt.text
+
+    def _steps(self, prompt: Prompt, patient: bool) -> Answer:
+        entries = [Entry()] * len(prompt.ids)
+        positions = range(self.stride or 1, len(prompt.ids), self.stride or 1)
+        for position in positions or [len(prompt.ids) - 1]:
+            body = {"model": self.model, "prompt": list(prompt.ids[:position]), **_ONE, "logprobs": self.top, **_IDS}
+            found = completion(self.client.post(self._url, body, patient=patient))
+            if len(found) != 1 or not found[0].top:
+                raise Unsuitable(f"found {len(found)} tokens for max_tokens 1, expected one with top_logprobs")
+            top = {self.names.resolve(key): value for key, value in found[0].top.items()}
+            entries[position] = Entry(prompt.ids[position], top.get(prompt.ids[position]), found[0].top)
+        return Answer(entries, len(entries))
+
+    def _aligned(self, entries: Sequence[Entry], prompt: Prompt, way: Way) -> Answer:
+        ids, count = prompt.ids, len(prompt.ids)
+        if len(entries) < min(2, count) or (not way.text and not count <= len(entries) <= count + 1):
+            raise Unsuitable(f"found {len(entries)} tokens, expected the {count} of the prompt and at most one generated")
+        if all(entry.logprob is None for entry in entries[1:count]):
+            raise Unsuitable("every log-probability of the prompt is null")
+        for i, token in enumerate(ids):
+            if i >= len(entries) or not self.names.same(entries[i].token, token):
+                theirs = "(end)" if i >= len(entries) else self._shown(entries[i])
+                return Answer([*entries[:i], *[Entry()] * (count - i)], i, (i, self.names.text(token), theirs))
+        if len(entries) > count + 1:
+            # the server's text goes on where ours ends
+            return Answer(list(entries[:count]), count, (count, "(end)", self._shown(entries[count])))
+        return Answer(list(entries[:count]), count)
+
+    def _shown(self, entry: Entry) -> str:
+        return self.names.text(entry.token) if isinstance(entry.token, int) else str(entry.token)
+
+
+def candidates(wanted: str, *, text: bool, stride: int | None) -> Iterator[Way]:
+    """Ways in the order in which they are tried; `wanted` is one of NAMES or "auto". `text`: prompts can be sent as text."""
+    for form in (False, True) if text else (False,):
+        for name in NAMES[:3]:
+            if wanted in ("auto", name):
+                if name != "generate":
+                    yield Way(name, form, extras=True)
+                if name != "prompt-logprobs":
+                    yield Way(name, form)
+    if wanted == "steps" or (wanted == "auto" and stride is not None):
+        yield Way("steps")
+
+
+def choose(asker: Asker, prompt: Prompt, wanted: str, *, text: bool) -> tuple[Way, Answer]:
+    """The first way that works for `prompt`, and its answer. EndpointError lists what each one met."""
+    met = []
+    for way in candidates(wanted, text=text, stride=asker.stride):
+        try:
+            return way, asker.ask(way, prompt, patient=False)
+        except (Refused, Unsuitable) as error:
+            met.append(f"  {way}: {error}")
+    raise EndpointError(
+        f"{asker.client.url}: found no way to get log-probabilities of a given text. Tried with {len(prompt.ids)} tokens, "
+        f"{asker.top} top log-probabilities:\n" + "\n".join(met) + f"\n{_HINT}"
+    )
+
+
+def served_model(client: Client) -> str:
+    """The name of the one model that the endpoint lists. EndpointError when it lists none or several, or has no list."""
+    try:
+        body = client.get(f"{client.url}/models")
+    except Refused as error:
+        raise EndpointError(f"{client.url}/models: {error}; give the model's name there with --name") from None
+    rows = body.get("data") if isinstance(body, dict) else None
+    found = (
+        [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)] if isinstance(rows, list) else []
+    )
+    if len(found) != 1:
+        listed = ", ".join(found[:10]) or "none"
+        raise EndpointError(f"{client.url}/models: found {len(found)} models ({listed}), expected one; give one with --name")
+    return found[0]
