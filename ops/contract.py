@@ -102,7 +102,7 @@ class Contract:
         to the storage type; float64-clean. Its docstring is the op's documentation. Its signature (without
         `compute`) is the op's signature.
     meta(*args): checks shapes and dtypes (ValueError: found, expected, what to do) and returns the outputs as
-        meta tensors of the right shape and storage dtype.
+        meta tensors of the right shape, strides and storage dtype.
     samples(dtype, seed): legal inputs. errors(dtype): wrong inputs.
     bound(sample_args..., golden=outputs): per floating output a tensor (or float) B; an implementation is right
         when |y - golden| <= u(y.dtype)*|golden| + B elementwise. Codes, scales and copies return B = 0.

@@ -125,6 +125,11 @@ def golden_of(contract: Contract, sample: Sample) -> list[Tensor]:
     return call_with_clones(contract, contract.reference, sample, compute=torch.float64)[0]
 
 
+def _strides(t: Tensor) -> list[int]:
+    """Strides that decide where elements lie: those of dimensions longer than 1."""
+    return [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1] if t.numel() else []
+
+
 def judge(contract: Contract, fn: Callable[..., Any], sample: Sample, *, golden: list[Tensor] | None = None) -> Verdict:
     """Run `fn` on guarded clones of the sample and compare structure, values and untouched arguments with `golden` (default: anew)."""
     golden = golden_of(contract, sample) if golden is None else golden
@@ -142,6 +147,8 @@ def judge(contract: Contract, fn: Callable[..., Any], sample: Sample, *, golden:
     for i, (y, m) in enumerate(zip(found, shapes, strict=False)):
         if y.shape != m.shape or y.dtype != m.dtype:
             problems.append(f"output {i}: found {tuple(y.shape)} {y.dtype}, expected {tuple(m.shape)} {m.dtype}")
+        elif _strides(y) != _strides(m):
+            problems.append(f"output {i}: found strides {y.stride()} for {tuple(y.shape)}, expected {m.stride()}, those of meta")
     if len(found) != len(golden):
         problems.append(f"found {len(found)} outputs, expected {len(golden)}")
     if not problems:

@@ -115,7 +115,7 @@ def _grouped_linear(x_TGK: Tensor, weight_GNK: Tensor, *, compute: torch.dtype =
     x [T, G, K] float; weight [G, N, K] float. Returns [T, G, N] in x's type. Source: specification section 4.2. ValueError for
     other shapes or integer types.
     """
-    return torch.einsum("tgk,gnk->tgn", x_TGK.to(compute), weight_GNK.to(compute))
+    return torch.einsum("tgk,gnk->tgn", x_TGK.to(compute), weight_GNK.to(compute)).contiguous()
 
 
 def _grouped_meta(x_TGK: Tensor, weight_GNK: Tensor) -> Tensor:

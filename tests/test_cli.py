@@ -222,7 +222,7 @@ def test_generate_streams_what_json_reports(talking: Path, capsys: pytest.Captur
     command = ["generate", "--model", str(talking), "--max-new-tokens", "4", "--dtype", "float32", "Hello"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == GENERATE_KEYS | {"acceptance"}
+    assert set(found) == GENERATE_KEYS | {"acceptance", "plants"} and found["plants"] == []
     assert len(found["tokens"]) == 4 or found["stopped"] == "stop"
     assert {row["op"] for row in found["ops"]} == set(CONTRACTS)
     assert found["text"] == Tokenizer(talking).decode(found["tokens"], skip_special=True)
@@ -231,6 +231,20 @@ def test_generate_streams_what_json_reports(talking: Path, capsys: pytest.Captur
     assert captured.out.startswith(found["text"] + "\n")
     assert "sparse_attention" in captured.out
     assert "4 tokens at" in captured.err
+
+
+def test_generate_plants_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--model", str(tiny.checkpoint("flash")), "--ids", "0,5,7", "--max-new-tokens", "6", "--json"]
+    assert main(command) == 0
+    right = json.loads(capsys.readouterr().out)
+    assert main([*command, "--plant", "unit_rms_norm:rows_swapped@head", "--plant", "hc_post:one_element@layers.1#0"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["plants"] == ["unit_rms_norm:rows_swapped@head", "hc_post:one_element@layers.1#0"]
+    assert "planted fault hc_post:one_element@layers.1#0: the largest element" in captured.err
+    assert main([*command, "--plant", "linear:nan@layers.0"]) == 0
+    broken = json.loads(capsys.readouterr().out)
+    assert broken["tokens"] != right["tokens"]
 
 
 def test_a_checkpoint_without_tokenizer_takes_and_gives_ids(capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +298,9 @@ def test_wrong_run_files_are_refused(text: str, message: str, tmp_path: Path, ca
         (["--model", "{tiny}", "--ids", "0", "--ops", "rope"], "found 'rope', expected op=backend"),
         (["--model", "{talking}", "--chat", "/nowhere.json"], "nowhere.json: not found"),
         (["--model", "{talking}", "--effort", "extreme", "Hi"], "extreme"),
+        (["--model", "{tiny}", "--ids", "0", "--plant", "rope"], "expected OP:MUTANT"),
+        (["--model", "{tiny}", "--ids", "0", "--plant", "rope:nan@layers.77"], "the model has no part 'layers.77'"),
+        (["--model", "{tiny}", "--ids", "0", "--plant", "rope:nan@hed"], "did you mean 'head'?"),
     ],
 )
 @pytest.mark.usefixtures("no_load")

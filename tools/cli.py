@@ -42,6 +42,7 @@ def _generate(verbs: Any) -> None:
     p.add_argument("--batch-invariant", action="store_true", default=None, help="results do not depend on what else runs")
     p.add_argument("--strict", action="store_true", default=None, help="no fallback to plain torch")
     p.add_argument("--speculative", action="store_true", default=None, help="draft with the MTP block; same tokens")
+    p.add_argument("--plant", action="append", metavar="OP:MUTANT[@PLACE][#STEP]", help="put a fault in on purpose (see v4 parity)")
     p.add_argument("--explain", action="store_true", help="print the op table afterwards")
     p.add_argument("--json", action="store_true", help="one JSON object instead of text")
 

@@ -11,16 +11,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import v4
+from ops.mutants import Plant
 from ops.registry import parse_overrides
 from tools.runconfig import RunConfig, nearest, read_run_file
 from v4.config import Config
 from v4.encoding import encode
 from v4.prompt_texts import PromptTexts
+from v4.settings import Scope
 from v4.tokenizer import BOS, StreamDecoder, Tokenizer
 
 _CHAT_KEYS = ("messages", "tools", "response_format")
@@ -28,11 +31,18 @@ _CHAT_KEYS = ("messages", "tools", "response_format")
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: settings, token ids of the prompt, and the tokenizer that decodes the answer (None: ids only)."""
+    """A checked request: settings, token ids of the prompt, the tokenizer that decodes the answer (None: ids only), and faults to plant."""
 
     settings: RunConfig
     ids: list[int]
     tokenizer: Tokenizer | None
+    plants: tuple[Plant, ...] = ()
+
+    def scope(self, place: str, ops: SimpleNamespace) -> SimpleNamespace:
+        """The ops of one part of the model, with the planted faults in."""
+        for plant in self.plants:
+            ops = plant.scope(place, ops)
+        return ops
 
 
 def settings_of(args: argparse.Namespace) -> RunConfig:
@@ -106,15 +116,30 @@ def prepare(args: argparse.Namespace) -> Request:
         )
     if settings.speculative and settings.temperature > 0:
         raise ValueError("--speculative verifies greedy drafts: leave --temperature at 0")
-    return Request(settings, ids, tokenizer)
+    plants = tuple(Plant.parse(text) for text in getattr(args, "plant", None) or ())
+    known = [
+        *(f"layers.{i}" for i in range(config.num_hidden_layers)),
+        "head",
+        *(f"mtp.{i}" for i in range(config.num_nextn_predict_layers)),
+    ]
+    for plant in plants:
+        if plant.place not in (None, *known):
+            raise ValueError(f"--plant {plant}: the model has no part {plant.place!r}{nearest(plant.place, known)}")
+    return Request(settings, ids, tokenizer, plants)
 
 
-def answer(request: Request, write: Callable[[str], None]) -> tuple[dict[str, Any], v4.LoadedModel]:
+def answer(request: Request, write: Callable[[str], None], watch: Scope | None = None) -> tuple[dict[str, Any], v4.LoadedModel]:
     """Load, generate, and pass text on as it becomes complete; the JSON report and the model.
 
-    Keys: text, tokens, tokens_per_second, backend, ops, prompt_tokens, prefill_seconds, stopped, acceptance.
+    watch: wraps the ops of each part of the model, outside of planted faults, so that a recorder sees what really ran.
+    Keys: text, tokens, tokens_per_second, backend, ops, prompt_tokens, prefill_seconds, stopped, acceptance, plants.
     """
     s = request.settings
+
+    def scope(place: str, ops: SimpleNamespace) -> SimpleNamespace:
+        planted = request.scope(place, ops)
+        return planted if watch is None else watch(place, planted)
+
     model = v4.load(
         str(s.model),
         backend=s.backend,
@@ -125,6 +150,7 @@ def answer(request: Request, write: Callable[[str], None]) -> tuple[dict[str, An
         batch_invariant=s.batch_invariant,
         max_context=s.context,
         mtp=s.speculative,
+        scope=scope if request.plants or watch else None,
     )
     decoder = StreamDecoder(request.tokenizer, skip_special=True) if request.tokenizer else None
     pieces: list[str] = []
@@ -159,6 +185,7 @@ def answer(request: Request, write: Callable[[str], None]) -> tuple[dict[str, An
         "prefill_seconds": result.prefill_seconds,
         "stopped": result.stopped,
         "acceptance": result.acceptance if s.speculative else None,
+        "plants": [str(p) for p in request.plants],
     }
     return report, model
 
@@ -170,7 +197,10 @@ def _stream(piece: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The verb; returns the exit code."""
-    report, model = answer(prepare(args), (lambda piece: None) if args.json else _stream)
+    request = prepare(args)
+    for plant in request.plants:
+        print(f"v4 generate: planted fault {plant}: {plant.variant.what}", file=sys.stderr)
+    report, model = answer(request, (lambda piece: None) if args.json else _stream)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
         return 0

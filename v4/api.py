@@ -171,7 +171,8 @@ def load(
     dtype: activation type. numerics: "exact" computes without quantisation simulation, "reference" with the official
     code's FP8/FP4 round trips. ops: op -> backend overrides. strict: no fallback to plain torch. batch_invariant: results of
     a token do not depend on what else is in flight, bitwise. checked: validate every op call. scope: (place, ops) -> the ops used
-    by that part of the model ("layers.3", "mtp.0", "head"), for recorders and planted faults. Raises CheckpointError for damaged files, NoImplementation with reasons, ValueError for a model that does not fit the memory or a wrong argument.
+    by that part of the model ("layers.3", "mtp.0", "head"), for recorders and planted faults. Raises CheckpointError for damaged
+    files, NoImplementation with reasons, ValueError for a model that does not fit the memory or a wrong argument.
     """
     checkpoint = Checkpoint(path)
     config = checkpoint.config

@@ -74,6 +74,9 @@ mutant(FLOAT_OUTPUT, "last_row_stale", "the last row repeats the one before it")
 mutant(FLOAT_OUTPUT, "one_element", "the largest element is 1.5 times what it should be")(_on_first(_one))
 mutant(FLOAT_OUTPUT, "nan", "one element is NaN")(_on_first(_nan))
 mutant(FLOAT_OUTPUT, "scaled", "everything is 0.5 percent too large")(_on_first(lambda y: (y.float() * 1.005).to(y.dtype)))
+mutant(FLOAT_OUTPUT, "column_major", "results lie column by column in memory, under the right shape")(
+    _on_first(lambda y: y.transpose(0, -1).contiguous().transpose(0, -1))
+)
 _EXACT_IN_BF16 = {"dequant_fp8", "dequant_fp8_block", "dequant_mxfp4", "roundtrip_fp4"}
 mutant(
     [op for op in FLOAT_OUTPUT if op not in _EXACT_IN_BF16],
