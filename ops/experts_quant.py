@@ -104,6 +104,7 @@ _FP4_CASES = {
     "clamp": ([3, 2], 128, 160, 9.0, 10.0),
     "wide-in": ([1, 0], 4096, 32, 3.0, 10.0),
     "wide-inner": ([0, 2], 64, 2048, 3.0, 10.0),
+    "many": ([9, 0, 17, 6], 96, 64, 2.0, 10.0),
 }
 
 
@@ -120,7 +121,7 @@ def _grouped_experts_fp4_samples(dtype: torch.dtype, seed: int) -> Iterator[Samp
         w13, w2 = sample_dense(g, len(counts), width, inner, spread)
         weights = (*pack_fp4(w13), *pack_fp4(w2))
         yield Sample(name, (*rows, *weights), {"limit": limit}, (name,))
-        if name in ("odd", "clamp"):
+        if name in ("odd", "clamp", "many"):
             yield Sample(f"{name}-plain", (*rows, *weights), {"limit": limit, "quantize": False}, (name,))
 
 
@@ -267,7 +268,7 @@ def _grouped_experts_fp8_samples(dtype: torch.dtype, seed: int) -> Iterator[Samp
         rows = sample_rows(g, counts, width, dtype)
         weights = _fp8_weights(*sample_dense(g, len(counts), width, inner, spread))
         yield Sample(name, (*rows, *weights), {"limit": limit}, (name,))
-        if name in ("clamp", "blocks"):
+        if name in ("clamp", "blocks", "many"):
             yield Sample(f"{name}-plain", (*rows, *weights), {"limit": limit, "quantize": False}, (name,))
 
 
