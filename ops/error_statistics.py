@@ -54,13 +54,15 @@ def gain(y: Tensor, golden: Tensor) -> tuple[float, float] | None:
     """(common gain error, t of its mean over the rows) when all rows are too large or too small together, else None.
 
     Roundings inside an op err to both sides, so that the gains of rows scatter around 1 however coarse the type; a factor or a
-    truncation moves all of them. Each row's gain is the projection of its error on the golden row. y, golden [..., D], finite.
+    truncation moves all of them. Each row's gain is the projection of its error on the golden row; the golden's own rounding is left
+    out of it, which leans where many elements share one value, as at a clamp. y, golden [..., D], finite.
     """
     g = golden.reshape(-1, golden.shape[-1])
     size = g.square().sum(1)
     rows = size > 0
     if int(rows.sum()) < _FEWEST_ROWS:
         return None
-    d = ((y.double().reshape(g.shape) - g)[rows] * g[rows]).sum(1) / size[rows]
+    rounded = golden.to(y.dtype).double().reshape(g.shape)
+    d = ((y.double().reshape(g.shape) - rounded)[rows] * g[rows]).sum(1) / size[rows]
     mean, spread = float(d.mean()), float(d.std()) / len(d) ** 0.5
     return (mean, mean / max(spread, 1e-30)) if abs(mean) > GAIN and abs(mean) > LEAN * spread else None

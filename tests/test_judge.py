@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ops.cache import cache_insert
 from ops.contract import Sample
-from ops.error_statistics import lean
+from ops.error_statistics import gain, lean
 from ops.judge import judge
 from ops.linear import linear
 from ops.norm import rms_norm
@@ -52,6 +52,16 @@ def test_errors_that_lean_are_found_though_each_is_allowed() -> None:
     assert lean((golden * (1 + noise)).to(torch.bfloat16), golden, tiny) is None
     z = lean((golden * (1 - 2.0**-10)).to(torch.bfloat16), golden, tiny)
     assert z is not None and z < -8
+
+
+def test_a_gain_is_found_but_not_in_the_rounding_of_values_that_repeat() -> None:
+    g = torch.Generator().manual_seed(2)
+    golden = torch.randn(140, 128, generator=g, dtype=torch.float64)
+    clamped = golden.clamp(max=0.731)  # the rounding of 0.731 alone makes every row too large
+    for exact in (golden, clamped):
+        assert gain(exact.to(torch.bfloat16), exact) is None
+        found = gain((exact * 1.002).to(torch.bfloat16), exact)
+        assert found is not None and found[0] == pytest.approx(0.002, rel=0.2)
 
 
 def test_errors_too_large_on_the_whole_are_found_though_each_is_allowed() -> None:
