@@ -57,11 +57,11 @@ def test_errors_that_lean_are_found_though_each_is_allowed() -> None:
 def test_a_gain_is_found_but_not_in_the_rounding_of_values_that_repeat() -> None:
     g = torch.Generator().manual_seed(2)
     golden = torch.randn(140, 128, generator=g, dtype=torch.float64)
-    clamped = golden.clamp(max=0.731)  # the rounding of 0.731 alone makes every row too large
+    clamped = golden.abs().clamp(max=0.731)  # the rounding of 0.731 alone makes every row too small
     for exact in (golden, clamped):
         assert gain(exact.to(torch.bfloat16), exact) is None
-        found = gain((exact * 1.002).to(torch.bfloat16), exact)
-        assert found is not None and found[0] == pytest.approx(0.002, rel=0.2)
+        found = gain((exact * 1.006).to(torch.bfloat16), exact)
+        assert found is not None and found[0] == pytest.approx(0.006, rel=0.4)
 
 
 def test_errors_too_large_on_the_whole_are_found_though_each_is_allowed() -> None:
