@@ -109,6 +109,7 @@ class Contract:
     cost(*args): Cost of the call; reads metadata tensors (lengths) where needed, never data.
     mutates: names of arguments written. choices: positions of outputs that are choices (index sets).
     rms_share: largest RMS error of an output, besides its rounding, as a share of the RMS of its bound.
+    version: raised when the same arguments get another meaning, so that older recordings are refused.
     compose(ops): builds the op from the bound ops named in `parts` (a fused op every backend can offer).
     """
 
@@ -124,6 +125,7 @@ class Contract:
     rms_share: float = 1 / 3
     compose: Callable[[Any], Callable[..., Any]] | None = None
     parts: tuple[str, ...] = ()
+    version: int = 1
     impls: dict[str, Impl] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,11 +12,12 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ops.contract import CONTRACTS, Contract, Impl
 from ops.probe import Probe
@@ -46,6 +47,11 @@ class Binding:
     ops: SimpleNamespace
     choices: tuple[Choice, ...]
     chain: tuple[str, ...]
+    impls: Mapping[str, tuple[Impl, ...]] = field(default_factory=dict, repr=False)
+
+    def backend_of(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """The backend that runs this call: the first of the op's implementations whose shape rule takes it."""
+        return next(i.backend for i in self.impls[op] if i.when is None or i.when(*args, **kwargs))
 
     def explain(self) -> str:
         """Table of op, implementation used, and each refusal."""
@@ -176,6 +182,7 @@ def bind(
     known = {name: (probes or {}).get(name) or modules[name].probe() for name in names}
     ops = SimpleNamespace()
     chosen: dict[str, Choice] = {}
+    bound: dict[str, tuple[Impl, ...]] = {}
     names_wanted = dict.fromkeys(n for op in only or CONTRACTS for n in (*CONTRACTS[op].parts, op))
     wanted = [CONTRACTS[n] for n in names_wanted]
     for contract in sorted(wanted, key=lambda c: bool(c.parts)):
@@ -183,11 +190,33 @@ def bind(
         impls, choice = _choose(contract, order, known, dtype, ops, chosen)
         fn = impls[0].fn if len(impls) == 1 else _chained(impls, contract.reference)
         setattr(ops, contract.name, _checked(contract, fn) if checked else fn)
-        chosen[contract.name] = choice
-    return Binding(ops, tuple(chosen[n] for n in sorted(chosen)), tuple(chain))
+        chosen[contract.name], bound[contract.name] = choice, tuple(impls)
+    return Binding(ops, tuple(chosen[n] for n in sorted(chosen)), tuple(chain), bound)
 
 
 def signature(contract: Contract) -> inspect.Signature:
     """The op's public signature: that of its reference without `compute`."""
     full = inspect.signature(contract.reference)
     return full.replace(parameters=[p for p in full.parameters.values() if p.name != "compute"])
+
+
+def on_device(fn: Callable[..., Any], contract: Contract, device: torch.device) -> Callable[..., Any]:
+    """`fn` on tensors of another device: arguments go there, results and written arguments come back."""
+
+    def there(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature(contract).bind(*args, **kwargs)
+        moved = {name: there(value) for name, value in bound.arguments.items()}
+        here = dict(bound.arguments)
+        bound.arguments.update(moved)
+        found = fn(*bound.args, **bound.kwargs)
+        for name, value in here.items():
+            if isinstance(value, Tensor):
+                value.copy_(moved[name])
+        if found is None:
+            return None
+        return found.cpu() if isinstance(found, Tensor) else tuple(f.cpu() for f in found)
+
+    return call

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tools import generation_arguments
 from tools.compare import arguments as compare_arguments
 from tools.parity import arguments as parity_arguments
+from tools.trace import arguments as trace_arguments
 
 PASS, FAIL, COULD_NOT_RUN = 0, 1, 2
 OWN = ("v4", "ops", "backends", "tools")
@@ -20,29 +22,7 @@ OWN = ("v4", "ops", "backends", "tools")
 
 def _generate(verbs: Any) -> None:
     p = verbs.add_parser("generate", help="continue a prompt or a conversation", description="Continue a prompt; text on stdout.")
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("prompt", nargs="?", help="one user message, put into the model's chat format (see --raw)")
-    source.add_argument("--chat", metavar="FILE", help="JSON: OpenAI messages, or {messages, tools, response_format}")
-    source.add_argument("--ids", metavar="N,N,...", help="token ids, for checkpoints without a tokenizer")
-    p.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without the chat format")
-    p.add_argument("--thinking", action="store_true", help="thinking mode")
-    p.add_argument("--effort", help="thinking level of the checkpoint's release; implies --thinking")
-    p.add_argument("--config", metavar="RUN.yaml", help="run file; options given here win over it")
-    p.add_argument("--model", metavar="DIR", help="checkpoint directory")
-    p.add_argument("--backend", help="default: cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="activation type; default: bfloat16")
-    p.add_argument("--numerics", choices=("exact", "reference"), help="reference: with the official FP8/FP4 round trips")
-    p.add_argument("--max-new-tokens", type=int, metavar="N")
-    p.add_argument("--temperature", type=float, help="0 (default): greedy")
-    p.add_argument("--top-p", type=float)
-    p.add_argument("--top-k", type=int)
-    p.add_argument("--seed", type=int)
-    p.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
-    p.add_argument("--ops", metavar="OP=BACKEND,...", help="backend of single ops")
-    p.add_argument("--batch-invariant", action="store_true", default=None, help="results do not depend on what else runs")
-    p.add_argument("--strict", action="store_true", default=None, help="no fallback to plain torch")
-    p.add_argument("--speculative", action="store_true", default=None, help="draft with the MTP block; same tokens")
-    p.add_argument("--plant", action="append", metavar="OP:MUTANT[@PLACE][#STEP]", help="put a fault in on purpose (see v4 parity)")
+    generation_arguments.add(p)
     p.add_argument("--explain", action="store_true", help="print the op table afterwards")
     p.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -84,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory-gib", type=float, metavar="GIB", help="exit code 1 when a rank needs more than this")
     plan.add_argument("--json", action="store_true")
     parity_arguments.add(verbs)
+    trace_arguments.add(verbs)
     compare_arguments.add(verbs)
     return top
 
@@ -139,6 +120,10 @@ def _run(args: argparse.Namespace) -> int:
         from tools.compare import run as compare
 
         return compare.run(args)
+    if args.verb == "trace":
+        from tools.trace import run as trace
+
+        return trace.run(args)
     if args.verb == "parity":
         from tools.parity import run as parity
 

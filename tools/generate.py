@@ -128,11 +128,10 @@ def prepare(args: argparse.Namespace) -> Request:
     return Request(settings, ids, tokenizer, plants)
 
 
-def answer(request: Request, write: Callable[[str], None], watch: Scope | None = None) -> tuple[dict[str, Any], v4.LoadedModel]:
-    """Load, generate, and pass text on as it becomes complete; the JSON report and the model.
+def load(request: Request, watch: Scope | None = None) -> v4.LoadedModel:
+    """Load the model that the request asks for, with its planted faults in.
 
     watch: wraps the ops of each part of the model, outside of planted faults, so that a recorder sees what really ran.
-    Keys: text, tokens, tokens_per_second, backend, ops, prompt_tokens, prefill_seconds, stopped, acceptance, plants.
     """
     s = request.settings
 
@@ -140,7 +139,7 @@ def answer(request: Request, write: Callable[[str], None], watch: Scope | None =
         planted = request.scope(place, ops)
         return planted if watch is None else watch(place, planted)
 
-    model = v4.load(
+    return v4.load(
         str(s.model),
         backend=s.backend,
         dtype=getattr(torch, s.dtype),
@@ -152,6 +151,14 @@ def answer(request: Request, write: Callable[[str], None], watch: Scope | None =
         mtp=s.speculative,
         scope=scope if request.plants or watch else None,
     )
+
+
+def answer(request: Request, model: v4.LoadedModel, write: Callable[[str], None]) -> dict[str, Any]:
+    """Generate, and pass text on as it becomes complete; the JSON report.
+
+    Keys: text, tokens, tokens_per_second, backend, ops, prompt_tokens, prefill_seconds, stopped, acceptance, plants.
+    """
+    s = request.settings
     decoder = StreamDecoder(request.tokenizer, skip_special=True) if request.tokenizer else None
     pieces: list[str] = []
 
@@ -175,7 +182,7 @@ def answer(request: Request, write: Callable[[str], None], watch: Scope | None =
     )
     if decoder:
         put(decoder.finish())
-    report = {
+    return {
         "text": "".join(pieces),
         "tokens": result.tokens,
         "tokens_per_second": result.tokens_per_second,
@@ -187,20 +194,26 @@ def answer(request: Request, write: Callable[[str], None], watch: Scope | None =
         "acceptance": result.acceptance if s.speculative else None,
         "plants": [str(p) for p in request.plants],
     }
-    return report, model
 
 
-def _stream(piece: str) -> None:
+def stream(piece: str) -> None:
+    """Write a piece of text to stdout at once."""
     sys.stdout.write(piece)
     sys.stdout.flush()
+
+
+def announce(request: Request, verb: str) -> None:
+    """Say on stderr which faults are planted: a wrong answer must never come as a surprise."""
+    for plant in request.plants:
+        print(f"v4 {verb}: planted fault {plant}: {plant.variant.what}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
     """The verb; returns the exit code."""
     request = prepare(args)
-    for plant in request.plants:
-        print(f"v4 generate: planted fault {plant}: {plant.variant.what}", file=sys.stderr)
-    report, model = answer(request, (lambda piece: None) if args.json else _stream)
+    announce(request, args.verb)
+    model = load(request)
+    report = answer(request, model, (lambda piece: None) if args.json else stream)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
         return 0

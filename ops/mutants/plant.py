@@ -49,6 +49,10 @@ class Plant:
         at = f"@{self.place}" if self.place else ""
         return f"{self.variant}{at}" + ("" if self.step is None else f"#{self.step}")
 
+    def meets(self, op: str, place: str, count: int) -> bool:
+        """Whether the fault sits in call `count` of `op` at `place`."""
+        return op == self.variant.op and self.place in (None, place) and self.step in (None, count)
+
     def scope(self, place: str, ops: SimpleNamespace) -> SimpleNamespace:
         """`ops` with the fault in, when `place` is the one meant (the form that `v4.load(scope=...)` takes)."""
         if self.place not in (None, place):

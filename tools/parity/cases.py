@@ -8,13 +8,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ops.contract import CONTRACTS, Contract, Sample
 from ops.judge import Verdict, golden_of, judge
 from ops.mutants import Plant
 from ops.probe import Probe
-from ops.registry import load_backend, signature
+from ops.registry import load_backend, on_device
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES = {short: dtype for dtype, short in SHORT.items()}
@@ -80,28 +79,6 @@ class Candidate:
     device: torch.device
 
 
-def _on_device(fn: Callable[..., Any], contract: Contract, device: torch.device) -> Callable[..., Any]:
-    """`fn` on tensors of another device: arguments go there, results and written arguments come back."""
-
-    def there(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature(contract).bind(*args, **kwargs)
-        moved = {name: there(value) for name, value in bound.arguments.items()}
-        here = dict(bound.arguments)
-        bound.arguments.update(moved)
-        found = fn(*bound.args, **bound.kwargs)
-        for name, value in here.items():
-            if isinstance(value, Tensor):
-                value.copy_(moved[name])
-        if found is None:
-            return None
-        return found.cpu() if isinstance(found, Tensor) else tuple(f.cpu() for f in found)
-
-    return call
-
-
 def candidate(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype) -> Candidate | str:
     """What `backend` runs for the op, or the reason why it has nothing."""
     module = load_backend(backend)
@@ -110,7 +87,7 @@ def candidate(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype
     if impl is not None and (reason := impl.refusal(probe, dtype)) is not None:
         return reason
     if impl is not None:
-        fn = impl.fn if device.type == "cpu" else _on_device(impl.fn, contract, device)
+        fn = impl.fn if device.type == "cpu" else on_device(impl.fn, contract, device)
         return Candidate(fn, impl.when, device)
     if contract.compose is None:
         return "not written"
