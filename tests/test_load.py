@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from v4.checkpoint import Checkpoint
 from v4.errors import CheckpointError
 from v4.load import LoadReport, load_parameters, raw_read_gb_per_s
 from v4.make import make
+from v4.memory import LARGE, uninitialised
 
 
 def filled(
@@ -188,3 +190,27 @@ def test_device_argument_moves_parameters() -> None:
 
 def test_raw_reading_reports_a_rate() -> None:
     assert raw_read_gb_per_s(sound()) > 0
+
+
+def test_long_tensors_are_read_in_parts_and_hold_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = parameters_of(CONFIG, torch.float32)
+    whole, _ = filled(sound(storage="f32"), parameters, torch.float32)
+    # odd parts, and large pages for every parameter that they fit
+    monkeypatch.setattr(sys.modules["v4.load"], "PART", 1000)
+    monkeypatch.setattr(sys.modules["v4.memory"], "LARGE", 4096)
+    parts, report = filled(sound(storage="f32"), parameters, torch.float32)
+    assert report.bytes == Checkpoint(sound(storage="f32")).bytes
+    assert all(same(parts[name], value) for name, value in whole.items())
+
+
+def test_large_tensors_get_pages_of_their_own_and_give_them_back() -> None:
+    before = len(Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()) if Path("/proc/self/maps").is_file() else 0
+    for _ in range(3):
+        large = uninitialised((3, LARGE // 4 + 5), torch.float32)
+        assert large.shape == (3, LARGE // 4 + 5) and large.is_contiguous() and large.data_ptr() % 64 == 0
+        large.fill_(1.5)
+        assert large.sum() == 1.5 * large.numel()
+    assert uninitialised((0, 7), torch.bfloat16).shape == (0, 7)
+    del large
+    if before:
+        assert len(Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()) <= before + 2

@@ -1,17 +1,20 @@
 """Filling a model's parameters from a checkpoint: every parameter exactly once, every stored tensor used or listed as ignored.
 
-The hub's tensors are streamed shard by shard in file order. What is stored as the parameter wants it is read straight into its
-place by several threads; the rest is unpacked or cast in blocks on the way. Parameters live in memory of their own, not in the
-file mapping: a file that changes later can not change a running model, and products over mapped files are slower.
+The hub's tensors are streamed in file order, all shards as one stream. What is stored as the parameter wants it is read straight
+into its place by several threads, in parts, so that none waits for another's long tensor; the rest is unpacked or cast on the way.
+Parameters live in memory of their own, not in the file mapping: a file that changes later can not change a running model, and
+products over mapped files are slower.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -21,10 +24,23 @@ from tqdm import tqdm
 from v4.checkpoint import Checkpoint
 from v4.errors import CheckpointError
 from v4.manifest import verify_files
+from v4.memory import uninitialised
 from v4.packing import scale_problem, unpack_fp4, unpack_fp8
 from v4.placement import Piece, place
 from v4.shards import StoredTensor
-from v4.workers import COUNT, workers
+from v4.workers import COUNT, in_order, workers
+
+PART = 4 << 20
+"""Bytes that a thread reads at a time: several huge pages, and little to wait for at the end."""
+
+
+class Task(NamedTuple):
+    """Bytes [begin, end) of a piece's stored tensor, and all of the piece's target."""
+
+    piece: Piece
+    target: Tensor
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,7 @@ class _Filler:
     def target(self, piece: Piece) -> Tensor:
         if piece.parameter not in self.filling:
             p = self.parameters[piece.parameter]
-            self.filling[piece.parameter] = torch.empty(p.shape, dtype=p.dtype)
+            self.filling[piece.parameter] = uninitialised(tuple(p.shape), p.dtype)
         return piece.target(self.filling[piece.parameter])
 
     def check(self, stored: StoredTensor, tensor: Tensor) -> None:
@@ -106,22 +122,30 @@ class _Filler:
         self.check(piece.scale, scale)
         (unpack_fp4 if piece.how == "fp4" else unpack_fp8)(source, scale, target)
 
-    def read(self, piece: Piece, target: Tensor) -> None:
-        data = target.view(-1).view(torch.uint8).numpy().data
-        _read_into(self.checkpoint.path / piece.source.file, piece.source.begin, data)
-        self.check(piece.source, target)
+    def tasks(self, pieces: list[Piece]) -> Iterator[Task]:
+        """What the threads do, in file order. Numbers without a rule of their own are read in parts."""
+        for piece in pieces:
+            target, size = self.target(piece), piece.source.bytes
+            split = piece.how == "read" and piece.source.dtype not in ("F8_E8M0", "I64")
+            for begin in range(0, size, PART) if split and size else (0,):
+                yield Task(piece, target, begin, min(begin + PART, size) if split else size)
+
+    def carry_out(self, task: Task) -> Task:
+        piece, target = task.piece, task.target
+        if piece.how != "read":
+            self.convert(piece, target)
+            return task
+        data = target.view(-1).view(torch.uint8).numpy().data[task.begin : task.end]
+        _read_into(self.checkpoint.path / piece.source.file, piece.source.begin + task.begin, data)
+        if task.end - task.begin == piece.source.bytes:
+            self.check(piece.source, target)
+        return task
 
     def run(self, pieces: list[Piece], pool: ThreadPoolExecutor) -> None:
-        """Fill all pieces of one file. The first error ends it; pieces not yet begun are given up."""
-        jobs = [(p, pool.submit(self.read if p.how == "read" else self.convert, p, self.target(p))) for p in pieces]
-        try:
-            for piece, job in jobs:
-                job.result()
-                self.done(piece)
-        except BaseException:
-            for _, job in jobs:
-                job.cancel()
-            raise
+        """Fill all pieces; the first error ends it."""
+        for task in in_order(pool, self.carry_out, self.tasks(pieces)):
+            if task.end == task.piece.source.bytes:  # in order: the parts before it are done
+                self.done(task.piece)
 
     def done(self, piece: Piece) -> None:
         self.bar.update(piece.bytes)
@@ -167,14 +191,9 @@ def load_parameters(
     if not include_mtp:
         ignored.update(n for n in checkpoint.tensors if n.startswith("mtp."))
     pieces = place(parameters, checkpoint, ignored)
-    by_file: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        by_file.setdefault(piece.source.file, []).append(piece)
     size = sum(p.bytes for p in pieces)
     with tqdm(total=size, unit="B", unit_scale=True, desc="load", disable=not progress) as bar, workers(threads) as pool:
-        filler = _Filler(module, checkpoint, pieces, device, bar)
-        for file_pieces in by_file.values():
-            filler.run(file_pieces, pool)
+        _Filler(module, checkpoint, pieces, device, bar).run(pieces, pool)
     return LoadReport(size, time.perf_counter() - began, len(parameters), tuple(sorted(ignored)))
 
 
