@@ -12,17 +12,8 @@ import torch
 from torch import Tensor
 
 from ops.contract import Contract, Sample, WrongInput
-from ops.experts_math import (
-    CASES,
-    Weight,
-    check_rows,
-    experts_bound,
-    experts_cost,
-    experts_reference,
-    row_errors,
-    sample_dense,
-    sample_rows,
-)
+from ops.experts_math import Weight, check_rows, experts_bound, experts_cost, experts_reference
+from ops.experts_samples import CASES, ONE_SIDED, row_errors, sample_dense, sample_one_sided, sample_rows
 
 
 def _dense(weight_ENK: Tensor) -> Weight:
@@ -78,6 +69,9 @@ def _grouped_experts_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
         if name == "odd":
             other = torch.bfloat16 if dtype == torch.float32 else torch.float32
             yield Sample("mixed", (*rows, w13.to(other), w2.to(other)), {"limit": limit}, ("mixed",))
+    for name, (counts, width, inner) in ONE_SIDED.items():
+        rows, w13, w2 = sample_one_sided(g, counts, width, inner, dtype)
+        yield Sample(name, (*rows, w13.to(dtype), w2.to(dtype)), {"limit": 10.0}, ("one-sided",))
 
 
 def _grouped_experts_errors(dtype: torch.dtype) -> Iterator[WrongInput]:

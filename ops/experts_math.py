@@ -1,4 +1,4 @@
-"""Arithmetic, error bound, checks and sample cases that grouped experts share, whatever the storage format of their weights.
+"""Arithmetic, error bound and checks that grouped experts share, whatever the storage format of their weights.
 
 Shapes: rows [A, D] sorted by expert, row_weight [A], counts [E], gate_up [A, 2I], h [A, I].
 """
@@ -6,13 +6,13 @@ Shapes: rows [A, D] sorted by expert, row_weight [A], counts [E], gate_up [A, 2I
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ops import bounds
-from ops.contract import Cost, WrongInput, tensors_bytes
+from ops.contract import Cost, tensors_bytes
 from ops.quant import dequant_fp8, quant_fp8
 from ops.swiglu import activation, check_limit, subnormal, swiglu_error
 
@@ -127,39 +127,3 @@ def experts_cost(
     weight_bytes = tensors_bytes(*weights) // max(experts, 1) * read
     fixed = tensors_bytes(rows_AD, row_weight_A, counts_E)
     return Cost(2 * rows * 3 * width * channels, 9 * rows * width, fixed + weight_bytes, tensors_bytes(rows_AD), rate)
-
-
-CASES: dict[str, tuple[list[int], int, int, float, float]] = {  # counts, D, I, spread of gate and up, limit
-    "zero": ([0, 0, 0], 16, 8, 2.0, 10.0),
-    "one": ([0, 1, 0], 16, 8, 2.0, 10.0),
-    "odd": ([2, 0, 3, 1], 19, 7, 2.0, 10.0),
-    "all-on-one": ([0, 0, 9, 0], 24, 12, 2.0, 10.0),
-    "clamp": ([3, 2], 48, 40, 9.0, 10.0),
-    "narrow-limit": ([4, 0, 2], 32, 24, 1.0, 0.6),
-    "many": ([17, 33, 0, 5], 64, 48, 3.0, 10.0),
-    "wide-in": ([1, 0, 1], 4096, 64, 3.0, 10.0),
-    "wide-inner": ([2, 0], 64, 2048, 3.0, 10.0),
-}
-
-
-def sample_rows(g: torch.Generator, counts: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Random rows, row weights and the counts tensor of one sample."""
-    total = sum(counts)
-    return torch.randn(total, width, generator=g).to(dtype), 1.5 * torch.rand(total, generator=g), torch.tensor(counts)
-
-
-def sample_dense(g: torch.Generator, experts: int, width: int, inner: int, spread: float) -> tuple[Tensor, Tensor]:
-    """Random fp32 w13 and w2 that give gate and up the standard deviation `spread`."""
-    w13 = torch.randn(experts, 2 * inner, width, generator=g) * spread * width**-0.5
-    return w13, torch.randn(experts, width, inner, generator=g) * inner**-0.5
-
-
-def row_errors(rows: tuple[Tensor, Tensor, Tensor], rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[WrongInput]:
-    """Wrong rows, weights, counts and limits, for every storage format."""
-    x, weight, counts = rows
-    yield WrongInput("rows-integer", (x.int(), weight, counts, *rest), kwargs, r"rows are torch.int32")
-    yield WrongInput("weight-length", (x, weight[:1], counts, *rest), kwargs, r"row_weight is torch.float32 \(1,\)")
-    yield WrongInput("counts-type", (x, weight, counts.int(), *rest), kwargs, r"counts is torch.int32")
-    yield WrongInput("counts-length", (x, weight, counts[:1], *rest), kwargs, r"counts is torch.int64 \(1,\)")
-    yield WrongInput("counts-sum", (x, weight, counts + 1, *rest), kwargs, r"counts add up to \d+, expected \d+")
-    yield WrongInput("limit", (x, weight, counts, *rest), {**kwargs, "limit": -1.0}, r"limit is -1.0")

@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from ops.contract import Contract, Cost, Sample, WrongInput
-from ops.experts_math import (
-    CASES,
-    Weight,
-    check_rows,
-    experts_bound,
-    experts_cost,
-    experts_reference,
-    row_errors,
-    sample_dense,
-    sample_rows,
-)
+from ops.experts_math import Weight, check_rows, experts_bound, experts_cost, experts_reference
+from ops.experts_samples import CASES, FP4_CASES, hard_samples, row_errors, sample_dense, sample_rows
 from ops.quant import dequant_fp8_block, dequant_mxfp4, quant_mxfp4
 
 _BLOCK = 128
@@ -96,18 +87,6 @@ def _grouped_experts_fp4_meta(
     return torch.empty(rows_AD.shape, dtype=rows_AD.dtype, device="meta")
 
 
-_FP4_CASES = {
-    "zero": ([0, 0], 32, 32, 2.0, 10.0),
-    "one": ([0, 1, 0], 32, 64, 2.0, 10.0),
-    "odd": ([2, 0, 3, 1], 160, 96, 2.0, 10.0),
-    "all-on-one": ([0, 7], 64, 32, 2.0, 10.0),
-    "clamp": ([3, 2], 128, 160, 9.0, 10.0),
-    "wide-in": ([1, 0], 4096, 32, 3.0, 10.0),
-    "wide-inner": ([0, 2], 64, 2048, 3.0, 10.0),
-    "many": ([9, 0, 17, 6], 96, 64, 2.0, 10.0),
-}
-
-
 def pack_fp4(weight_ENK: Tensor) -> tuple[Tensor, Tensor]:
     """Experts' dense weights quantised to FP4: packed uint8 [E, N, K/2] and e8m0 scales [E, N, K/32]."""
     q, scale = quant_mxfp4.reference(weight_ENK.flatten(0, 1))
@@ -116,13 +95,14 @@ def pack_fp4(weight_ENK: Tensor) -> tuple[Tensor, Tensor]:
 
 def _grouped_experts_fp4_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     g = torch.Generator().manual_seed(seed)
-    for name, (counts, width, inner, spread, limit) in _FP4_CASES.items():
+    for name, (counts, width, inner, spread, limit) in FP4_CASES.items():
         rows = sample_rows(g, counts, width, dtype)
         w13, w2 = sample_dense(g, len(counts), width, inner, spread)
         weights = (*pack_fp4(w13), *pack_fp4(w2))
         yield Sample(name, (*rows, *weights), {"limit": limit}, (name,))
-        if name in ("odd", "clamp", "many"):
+        if name in ("odd", "clamp", "many", "narrow-limit"):
             yield Sample(f"{name}-plain", (*rows, *weights), {"limit": limit, "quantize": False}, (name,))
+    yield from hard_samples(g, dtype, lambda w13, w2: (*pack_fp4(w13), *pack_fp4(w2)))
 
 
 def _grouped_experts_fp4_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
@@ -263,13 +243,14 @@ def _fp8_weights(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def _grouped_experts_fp8_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     g = torch.Generator().manual_seed(seed)
-    cases = {**{n: c for n, c in CASES.items() if n != "narrow-limit"}, "blocks": ([2, 0, 3], 200, 136, 3.0, 10.0)}
+    cases = {**CASES, "blocks": ([2, 0, 3], 200, 136, 3.0, 10.0)}
     for name, (counts, width, inner, spread, limit) in cases.items():
         rows = sample_rows(g, counts, width, dtype)
         weights = _fp8_weights(*sample_dense(g, len(counts), width, inner, spread))
         yield Sample(name, (*rows, *weights), {"limit": limit}, (name,))
-        if name in ("clamp", "blocks", "many"):
+        if name in ("clamp", "blocks", "many", "narrow-limit"):
             yield Sample(f"{name}-plain", (*rows, *weights), {"limit": limit, "quantize": False}, (name,))
+    yield from hard_samples(g, dtype, _fp8_weights)
 
 
 def _grouped_experts_fp8_errors(dtype: torch.dtype) -> Iterator[WrongInput]:

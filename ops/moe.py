@@ -15,8 +15,8 @@ from torch import Tensor
 from ops import bounds
 from ops.contract import Contract, Cost, Sample, WrongInput, tensors_bytes
 from ops.experts import check_dense_experts, grouped_experts
-from ops.experts_math import sample_dense
 from ops.experts_quant import grouped_experts_fp4, grouped_experts_fp8
+from ops.experts_samples import ONE_SIDED, sample_dense, sample_one_sided
 from ops.gate import gate_hash, gate_topk
 from ops.swiglu import check_limit, clamped_swiglu
 
@@ -230,6 +230,12 @@ def _moe_mlp_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     x = torch.randn(3, 40, generator=g).to(dtype)
     w13, w2 = sample_dense(g, 5, 40, 24, 9.0)
     yield Sample("mixed", (x, *_routing(g, 3, 2, 5), w13, w2), {"limit": 10.0}, ("mixed", "clamp"))
+    w13, w2 = (w.to(dtype) for w in sample_dense(g, 5, 40, 24, 1.0))
+    yield Sample("narrow-limit", (x, *_routing(g, 3, 2, 5), w13, w2), {"limit": 0.6}, ("narrow-limit",))
+    for name, (counts, width, inner) in ONE_SIDED.items():
+        (x, *_), w13, w2 = sample_one_sided(g, counts, width, inner, dtype)
+        route = _routing(g, len(x), 2, len(counts))
+        yield Sample(name, (x, *route, w13.to(dtype), w2.to(dtype)), {"limit": 10.0}, ("one-sided",))
 
 
 def _moe_mlp_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
@@ -244,15 +250,7 @@ def _moe_mlp_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
 
 
 def _moe_mlp_bound(
-    x_TD: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    *,
-    limit: float,
-    golden: tuple[Tensor, ...],
-    found: tuple[Tensor, ...],
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, *, limit: float, golden: Any, found: Any
 ) -> tuple[Tensor]:
     rows, row_weight, counts, row_index = _moe_dispatch(x_TD, ids_TK, weights_TK, num_experts=w13.shape[0])
     args = (rows, row_weight, counts, w13, w2)

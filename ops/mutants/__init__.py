@@ -7,7 +7,7 @@ from ops.mutants.plant import Plant
 
 __all__ = ["FAMILIES", "LEGAL", "MUTANTS", "Plant", "Variant", "rounded_reference", "samples_by_size"]
 
-FAMILIES = ("attention", "compress", "gate", "generic", "hyper", "indexer", "norm", "rope")
+FAMILIES = ("attention", "compress", "experts", "gate", "generic", "hyper", "indexer", "linear", "linear_stored", "moe", "norm", "rope")
 """Modules of this package that declare variants."""
 
 for _family in FAMILIES:
