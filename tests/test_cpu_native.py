@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,16 @@ def test_a_failed_build_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, t
     assert not list(tmp_path.iterdir())
 
 
+def test_without_pythons_headers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("V4_CACHE", str(tmp_path))
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(build.BuildError, match="no Python.h in .*apt install python3-dev"):
+        build.build()
+    assert not list(tmp_path.iterdir())
+
+
 def test_where_there_is_a_compiler_the_kernels_compile() -> None:
     # set-up tolerates a failure, so that an odd compiler costs speed only; here it must show
     if build.compiler() is None:
@@ -42,10 +56,12 @@ def test_where_there_is_a_compiler_the_kernels_compile() -> None:
     assert build.build().is_file()
 
 
-def test_the_name_of_the_library_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_the_library_follows_the_processor_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     here = build.library_path()
+    monkeypatch.setattr(build.torch, "__version__", "0.1")
+    other_torch = build.library_path()
     monkeypatch.setattr(build, "_processor", lambda: "another one")
-    assert build.library_path() != here
+    assert len({here, other_torch, build.library_path()}) == 3
 
 
 def test_not_built_means_torch_with_the_reason() -> None:
@@ -124,13 +140,67 @@ def streams_op(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> Tensor:
 
 @built
 @pytest.mark.parametrize("name", sorted(_threaded()))
-def test_threads_do_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = _threaded()[name]
-    alone = call()
-    for module in (products, streams, paged):
-        monkeypatch.setattr(module, "threads", lambda: 3)
-    for _ in range(20):
-        assert torch.equal(call(), alone)
+def test_threads_do_not_change_a_bit(name: str) -> None:
+    call, before = _threaded()[name], torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = call()
+        torch.set_num_threads(3)
+        for _ in range(20):
+            assert torch.equal(call(), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:
+    calls, before = _threaded(), torch.get_num_threads()
+    wanted = {name: call() for name, call in calls.items()}
+
+    def repeat(name: str) -> bool:
+        torch.set_num_threads(2)
+        return all(torch.equal(calls[name](), wanted[name]) for _ in range(50))
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(repeat, sorted(calls)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_computes_with_helpers_of_its_own() -> None:
+    call, before = _threaded()["linear"], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        wanted = call()
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # a child that waits for the parent's helpers ends here
+            os._exit(0 if all(torch.equal(call(), wanted) for _ in range(50)) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+@pytest.mark.parametrize(
+    "op", ["linear", "moe_mlp", "sparse_attention", "compress", "index_topk", "rope", "hc_post", "cache_insert"]
+)
+def test_what_the_shape_rule_refuses_is_not_computed(op: str) -> None:
+    impl = CONTRACTS[op].impls["cpu_native"]
+    args = tuple(
+        torch.zeros(1, 2, 3, 4) for p in inspect.signature(impl.fn).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    )
+    numbers = {"scale": 1.0, "limit": 1.0, "window": 1, "ratio": 1, "topk": 1, "eps": 0.1}
+    kwargs = {
+        n: numbers[n] for n, p in inspect.signature(impl.fn).parameters.items() if p.kind is p.KEYWORD_ONLY and n in numbers
+    }
+    assert impl.when is not None and impl.when(*args, **kwargs) is False
+    with pytest.raises(ValueError, match="shapes or types that its shape rule refuses"):
+        impl.fn(*args, **kwargs)
 
 
 def test_doctor_counts_the_backend_behind() -> None:
@@ -152,9 +222,8 @@ def test_ids_and_slots_outside_are_refused_before_anything_is_written() -> None:
 
 @built
 def test_ties_go_to_the_lowest_index_and_nan_is_the_largest() -> None:
-    scores, index = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0, float("nan")]), torch.empty(4, dtype=torch.int32)
-    library.kernel("v4_best")(scores.data_ptr(), index.data_ptr(), 7, 4)
-    assert index.tolist() == [1, 2, 3, 6]
+    scores = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0, float("nan")])
+    assert library.native().best(False, scores, 4).tolist() == [1, 2, 3, 6]
 
 
 @built
@@ -173,5 +242,5 @@ def test_attention_with_odd_heads_and_channels(heads: int, channels: int) -> Non
 
 @built
 def test_loading_the_kernels_keeps_denormals() -> None:
-    library.kernel("v4_linear")
+    library.native()
     assert float(torch.tensor(1e-40) * 1.0) > 0

@@ -72,6 +72,48 @@ def build(cache: Cache, tables: RopeTables, sequences: Seq[Sequence], ids: Seq[S
     """
     if len(sequences) != len(ids):
         raise ValueError(f"found {len(sequences)} sequences and {len(ids)} token lists, expected as many")
+    if len(ids) == 1 and len(ids[0]) == 1:
+        return _step(cache, tables, sequences[0], ids[0], device)
+    return _several(cache, tables, sequences, ids, device)
+
+
+def _step(cache: Cache, tables: RopeTables, sequence: Sequence, ids: Seq[int] | Tensor, device: torch.device) -> Batch:
+    """One token of one sequence, the same without arrays: a step of a small model is short beside what `_several` takes."""
+    cache.reserve(sequence, 1)
+    position, slot = sequence.length, sequence.slot
+
+    def place(group: str, row: int) -> Tensor:
+        g = cache.groups[group]
+        block, rows = int(g.table[slot, row // g.spec.block_rows]), g.spec.block_rows
+        return torch.tensor([block * rows + row % rows if block > 0 else -1], device=device)
+
+    def angles(kind: bool, at: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rope.rows(tables.by_kind[kind], at)
+        return cos.to(device), sin.to(device)
+
+    entries: dict[int, Entries] = {}
+    for m in sorted(set(cache.ratios) - {0}):
+        if (position + 1) % m:
+            entries[m] = tables.no_entries(device)
+        else:
+            row = position // m
+            entries[m] = Entries(place(f"entries{m}", row), *angles(True, torch.tensor([row * m])))
+    positions_T = torch.tensor([position])
+    return Batch(
+        ids=torch.as_tensor(ids, dtype=torch.int64).to(device),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        start_pos=torch.tensor([position], dtype=torch.int32),
+        positions=positions_T,
+        tables={name: g.table[slot : slot + 1] for name, g in cache.groups.items()},
+        window_slots=place("window", position),
+        rope={kind: angles(kind, positions_T) for kind in {bool(m) for m in cache.ratios}},
+        entries=entries,
+    )
+
+
+def _several(
+    cache: Cache, tables: RopeTables, sequences: Seq[Sequence], ids: Seq[Seq[int] | Tensor], device: torch.device
+) -> Batch:
     counts = np.array([len(i) for i in ids], dtype=np.int64)
     starts = np.array([s.length for s in sequences], dtype=np.int64)
     for sequence, n in zip(sequences, counts.tolist(), strict=True):

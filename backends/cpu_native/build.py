@@ -1,7 +1,7 @@
-"""Compiling the kernels of this backend with the machine's own C++ compiler, once per sources, flags and processor.
+"""Compiling the kernels of this backend with the machine's C++ compiler, once per sources, flags, processor, Python and torch.
 
 The library lies in the user's cache directory under a name that changes with any of these, so that a library built for another
-processor is never loaded.
+processor or another torch is never loaded.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from pathlib import Path
 
+import torch
+
 SOURCES = Path(__file__).with_name("csrc")
 # no -ffast-math: linked into a shared library it switches off denormals for the whole process
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-pthread", "-shared")
 
 
 class BuildError(RuntimeError):
@@ -49,24 +52,36 @@ def cache_directory() -> Path:
 
 
 def library_path() -> Path:
-    """Where the library for these sources, flags and this processor lies once it is built."""
-    known = hashlib.sha256("\0".join((platform.machine(), _processor(), *FLAGS)).encode())
+    """Where the library for these sources, flags, this processor, Python and torch lies once it is built."""
+    versions = (torch.__version__, str(sysconfig.get_config_var("SOABI")))
+    known = hashlib.sha256("\0".join((platform.machine(), _processor(), *versions, *FLAGS)).encode())
     for source in sorted(SOURCES.iterdir()):
         known.update(source.name.encode() + source.read_bytes())
     return cache_directory() / f"cpu_native-{known.hexdigest()[:16]}.so"
 
 
+def _torch_flags() -> list[str]:
+    """What a module that takes torch's tensors is compiled and linked with. BuildError without Python's headers."""
+    python, home = Path(sysconfig.get_paths()["include"]), Path(torch.__file__).parent
+    if not (python / "Python.h").is_file():
+        raise BuildError(f"no Python.h in {python}; install Python's headers, for instance: apt install python3-dev")
+    include = (python, home / "include", home / "include" / "torch" / "csrc" / "api" / "include")
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    return [abi, *(f"-isystem{d}" for d in include), f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+
+
 def build() -> Path:
-    """Compile when the library is not there yet; returns its path. BuildError without a compiler or when it fails."""
+    """Compile when the library is not there yet; returns its path. BuildError without compiler or headers, or when it fails."""
     target = library_path()
     if target.is_file():
         return target
     if (cxx := compiler()) is None:
         raise BuildError("no C++ compiler found (looked for $CXX, g++, c++, clang++); install one, for instance: apt install g++")
+    torch_flags = _torch_flags()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
-        command = [cxx, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
+        command = [cxx, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made), *torch_flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr.strip()[-2000:]}")

@@ -1,6 +1,8 @@
 // Attention of few queries over window rows and compressed entries, read where they lie in the paged caches.
 #include <algorithm>
 
+#include "kernels.h"
+#include "pool.h"
 #include "vectors.h"
 
 namespace {
@@ -74,22 +76,53 @@ void attend(const float* q, const float* sink, const Rows& rows, float* out, lon
   std::copy(q, q + heads * c, wide.begin());
   std::copy(sink, sink + heads, sinks.begin());
   v4::transpose(wide.data(), turned.data(), padded, c);
-#pragma omp parallel num_threads(v4::team(n * c, threads))
-  {
-    const long id = omp_get_thread_num(), of = omp_get_num_threads();
-    score(turned.data(), rows, scores.data(), n * id / of, n * (id + 1) / of, padded, c, scale);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (long v = 0; v < vectors; ++v)
-      v4::store(inverse.data() + v * kLanes, weigh(scores.data() + v * kLanes, v4::load(sinks.data() + v * kLanes), n, padded));
-#pragma omp for schedule(static)
-    for (long h = 0; h < heads; h += 4)
-      gather(scores.data() + h, rows, inverse.data() + h, out + h * c, padded, c, std::min(4L, heads - h));
-  }
+  v4::spread_rows(threads, n, c,
+                  [&](long first, long end) { score(turned.data(), rows, scores.data(), first, end, padded, c, scale); });
+  v4::spread(threads, vectors, [&](long v) {
+    v4::store(inverse.data() + v * kLanes, weigh(scores.data() + v * kLanes, v4::load(sinks.data() + v * kLanes), n, padded));
+  });
+  v4::spread(threads, (heads + 3) / 4, [&](long i) {
+    const long h = 4 * i;
+    gather(scores.data() + h, rows, inverse.data() + h, out + h * c, padded, c, std::min(4L, heads - h));
+  });
 }
 
 const float* at(const float* cache, const int32_t* table, long row, long per_block, long c) {
   return cache + (table[row / per_block] * per_block + row % per_block) * c;
+}
+
+// scores [n]: sum over heads of w [H] * relu(q [H, d] . key) for the first n entries of one sequence; H a multiple of 16.
+void index_scores(const float* q, const float* w, const float* keys, const int32_t* table, float* scores, long n, long heads,
+                  long d, long per_block, int threads) {
+  std::vector<float> turned(heads * d);
+  v4::transpose(q, turned.data(), heads, d);
+  v4::spread_rows(threads, (n + kRows - 1) / kRows, kRows * d, [&](long first, long end) {
+    for (long e = first * kRows; e < std::min(n, end * kRows); e += kRows) {
+      const float* some[kRows];
+      for (int j = 0; j < kRows; ++j) some[j] = at(keys, table, std::min(e + j, n - 1), per_block, d);
+      Lanes sum[kRows];
+      for (Lanes& s : sum) s = Lanes{};
+      long h = 0;
+      const auto add = [&](auto& acc, int vectors) {
+        for (int j = 0; j < kRows; ++j)
+          for (int v = 0; v < vectors; ++v) {
+            const Lanes x = acc[j][v];
+            sum[j] += (x < 0.0f ? Lanes{} : x) * v4::load(w + h + v * kLanes);
+          }
+      };
+      for (; h + 2 * kLanes <= heads; h += 2 * kLanes) {
+        Lanes acc[kRows][2];
+        v4::head_products<kRows, 2>(some, turned.data(), heads, h, d, acc);
+        add(acc, 2);
+      }
+      for (; h < heads; h += kLanes) {
+        Lanes acc[kRows][1];
+        v4::head_products<kRows, 1>(some, turned.data(), heads, h, d, acc);
+        add(acc, 1);
+      }
+      for (int j = 0; j < kRows && e + j < n; ++j) scores[e + j] = v4::total(sum[j]);
+    }
+  });
 }
 
 }  // namespace
@@ -100,9 +133,9 @@ extern "C" {
 // index [T, K] names the entries of each token (-1: none), null: all visible ones; ratio tokens make an entry.
 // Returns 0, or -1 for a row that the tables or caches do not have.
 int v4_attention(const float* q, const float* window_cache, const int32_t* window_table, const float* sink, const int32_t* cu,
-                  const int32_t* start, const float* entries, const int32_t* entry_table, const int32_t* index, float* out, long batch,
-                  long heads, long c, long window_block, long window_width, long window_blocks, long entry_block, long entry_width,
-                 long entry_blocks, long k, long window, long ratio, float scale, int threads) {
+                 const int32_t* start, const float* entries, const int32_t* entry_table, const int32_t* index, float* out,
+                 long batch, long heads, long c, long window_block, long window_width, long window_blocks, long entry_block,
+                 long entry_width, long entry_blocks, long k, long window, long ratio, float scale, int threads) {
   Rows rows;
   for (long b = 0; b < batch; ++b)
     for (long t = cu[b]; t < cu[b + 1]; ++t) {
@@ -128,42 +161,6 @@ int v4_attention(const float* q, const float* window_cache, const int32_t* windo
   return 0;
 }
 
-// scores [n]: sum over heads of w [H] * relu(q [H, d] . key) for the first n entries of one sequence; H a multiple of 16.
-// Returns 0, or -1 for an entry that the table or the cache does not have.
-int v4_index_scores(const float* q, const float* w, const float* keys, const int32_t* table, float* scores, long n, long heads, long d,
-                    long per_block, long width, long blocks, int threads) {
-  if (!v4::held(table, 0, n, per_block, width, blocks)) return -1;
-  std::vector<float> turned(heads * d);
-  v4::transpose(q, turned.data(), heads, d);
-#pragma omp parallel for schedule(static) num_threads(v4::team(n * d, threads))
-  for (long e = 0; e < n; e += kRows) {
-    const float* some[kRows];
-    for (int j = 0; j < kRows; ++j) some[j] = at(keys, table, std::min(e + j, n - 1), per_block, d);
-    Lanes sum[kRows];
-    for (Lanes& s : sum) s = Lanes{};
-    long h = 0;
-    const auto add = [&](auto& acc, int vectors) {
-      for (int j = 0; j < kRows; ++j)
-        for (int v = 0; v < vectors; ++v) {
-          const Lanes x = acc[j][v];
-          sum[j] += (x < 0.0f ? Lanes{} : x) * v4::load(w + h + v * kLanes);
-        }
-    };
-    for (; h + 2 * kLanes <= heads; h += 2 * kLanes) {
-      Lanes acc[kRows][2];
-      v4::head_products<kRows, 2>(some, turned.data(), heads, h, d, acc);
-      add(acc, 2);
-    }
-    for (; h < heads; h += kLanes) {
-      Lanes acc[kRows][1];
-      v4::head_products<kRows, 1>(some, turned.data(), heads, h, d, acc);
-      add(acc, 1);
-    }
-    for (int j = 0; j < kRows && e + j < n; ++j) scores[e + j] = v4::total(sum[j]);
-  }
-  return 0;
-}
-
 // index [k] = the k < n best of scores, ascending; of equal ones the lowest; NaN counts as the largest
 void v4_best(const float* scores, int32_t* index, long n, long k) {
   std::vector<float> keys(scores, scores + n);
@@ -176,5 +173,28 @@ void v4_best(const float* scores, int32_t* index, long n, long k) {
   for (long i = 0; i < n; ++i) equal -= keys[i] > last;
   for (long i = 0, made = 0; made < k; ++i)
     if (keys[i] > last || (keys[i] == last && equal-- > 0)) index[made++] = static_cast<int32_t>(i);
+}
+
+// index [T, K]: the K best visible entries of each token, ascending, -1 behind them where fewer are visible; keys [., P, d] by
+// table [B, width]. Returns 0, or -1 for an entry that the table or the cache does not have.
+int v4_index_topk(const float* q, const float* w, const float* keys, const int32_t* table, const int32_t* cu,
+                  const int32_t* start, int32_t* index, long batch, long heads, long d, long per_block, long width, long blocks,
+                  long ratio, long topk, int threads) {
+  std::vector<float> scores;
+  for (long b = 0; b < batch; ++b)
+    for (long t = cu[b]; t < cu[b + 1]; ++t) {
+      const long visible = (start[b] + t - cu[b] + 1) / ratio;
+      int32_t* mine = index + t * topk;
+      if (visible <= topk) {
+        for (long j = 0; j < topk; ++j) mine[j] = j < visible ? static_cast<int32_t>(j) : -1;
+        continue;
+      }
+      if (!v4::held(table + b * width, 0, visible, per_block, width, blocks)) return -1;
+      scores.resize(visible);
+      index_scores(q + t * heads * d, w + t * heads, keys, table + b * width, scores.data(), visible, heads, d, per_block,
+                   threads);
+      v4_best(scores.data(), mine, visible, topk);
+    }
+  return 0;
 }
 }

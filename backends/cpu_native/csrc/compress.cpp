@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels.h"
 #include "vectors.h"
 
 namespace {
@@ -16,7 +17,9 @@ struct Stretch {  // tokens of one sequence: those before `start` in the state, 
     return state + (blocks[position / per_block] * per_block + position % per_block) * 2 * width;
   }
   const float* values(long position) const { return position < start ? stored(position) : k + (position - start) * width; }
-  const float* scores(long position) const { return position < start ? stored(position) + width : s + (position - start) * width; }
+  const float* scores(long position) const {
+    return position < start ? stored(position) + width : s + (position - start) * width;
+  }
 };
 
 // Entry i [c]: softmax over its tokens, channel by channel; with overlap the block before it through the first c channels.
@@ -58,13 +61,15 @@ extern "C" {
 
 // Projections kv, gate [W, D], ape [m, W]; state [., P, 2W] by state_table [B, blocks]. out [E, c], zeros behind the last entry.
 // Returns 0, or -1 (nothing written) for a token that the table or the state does not have.
-int v4_compress(const float* x, const float* wkv, const float* wgate, const float* ape, const float* norm_weight, const float* cos,
-                 const float* sin, float* state, const int32_t* table, const int32_t* cu, const int32_t* start, float* out, long batch,
-                 long d, long width, long c, long per_block, long table_width, long blocks, long entries, long pairs, long ratio, float eps, int threads) {
+int v4_compress(const float* x, const float* wkv, const float* wgate, const float* ape, const float* norm_weight,
+                const float* cos, const float* sin, float* state, const int32_t* table, const int32_t* cu, const int32_t* start,
+                float* out, long batch, long d, long width, long c, long per_block, long table_width, long blocks, long entries,
+                long pairs, long ratio, float eps, int threads) {
   const long tokens = cu[batch], overlap = width > c;
   for (long b = 0; b < batch; ++b) {
     const long first = std::max(0L, (start[b] / ratio - overlap) * ratio), end = start[b] + cu[b + 1] - cu[b];
-    if (cu[b] < cu[b + 1] && !v4::held(table + b * table_width, end / ratio > start[b] / ratio ? first : start[b], end, per_block, table_width, blocks))
+    if (cu[b] < cu[b + 1] && !v4::held(table + b * table_width, end / ratio > start[b] / ratio ? first : start[b], end, per_block,
+                                       table_width, blocks))
       return -1;
   }
   std::fill(out, out + entries * c, 0.0f);
@@ -74,7 +79,8 @@ int v4_compress(const float* x, const float* wkv, const float* wgate, const floa
   v4_linear(x, wgate, s.data(), tokens, 1, width, d, threads);
   long made = 0;
   for (long b = 0; b < batch; ++b) {
-    const Stretch at{k.data() + cu[b] * width, s.data() + cu[b] * width, state, table + b * table_width, start[b], per_block, width};
+    const Stretch at{
+        k.data() + cu[b] * width, s.data() + cu[b] * width, state, table + b * table_width, start[b], per_block, width};
     for (long t = cu[b]; t < cu[b + 1]; ++t)
       v4::add_scaled(s.data() + t * width, ape + (start[b] + t - cu[b]) % ratio * width, 1.0f, width);
     const long end = start[b] + cu[b + 1] - cu[b];

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels.h"
+#include "pool.h"
 #include "vectors.h"
 
 namespace {
@@ -40,9 +42,10 @@ void collapse(const float* streams, const float* u, float scale, const float* ba
 void project(const float* streams, const float* fn, float* u, long tokens, long rows, long width, float eps, int threads) {
   std::vector<float> factor(tokens);
   for (long t = 0; t < tokens; ++t) factor[t] = v4::inverse_rms(streams + t * width, width, eps);
-#pragma omp parallel for schedule(static) num_threads(v4::team(rows* width, threads))
-  for (long r = 0; r < rows; ++r)
-    for (long t = 0; t < tokens; ++t) u[t * rows + r] = v4::dot(fn + r * width, streams + t * width, width) * factor[t];
+  v4::spread_rows(threads, rows, width, [&](long first, long end) {
+    for (long r = first; r < end; ++r)
+      for (long t = 0; t < tokens; ++t) u[t * rows + r] = v4::dot(fn + r * width, streams + t * width, width) * factor[t];
+  });
 }
 
 void turn(float* pairs, const float* cos, const float* sin, long count, float sign) {
@@ -73,15 +76,16 @@ void v4_hc_pre(const float* streams, const float* fn, const float* scale, const 
 }
 
 // x [T, D] of streams [T, n, D]; fn [n, nD], scale [1], base [n]
-void v4_hc_head(const float* streams, const float* fn, const float* scale, const float* base, float* x, long tokens, long n, long d,
-                float norm_eps, float hc_eps, int threads) {
+void v4_hc_head(const float* streams, const float* fn, const float* scale, const float* base, float* x, long tokens, long n,
+                long d, float norm_eps, float hc_eps, int threads) {
   std::vector<float> u(tokens * n);
   project(streams, fn, u.data(), tokens, n, n * d, norm_eps, threads);
   for (long t = 0; t < tokens; ++t) collapse(streams + t * n * d, u.data() + t * n, scale[0], base, x + t * d, n, d, hc_eps);
 }
 
 // out [T, n, D]: stream j = sum over i of comb[i, j] * stream i, plus post[j] * y
-void v4_hc_post(const float* y, const float* streams, const float* post, const float* comb, float* out, long tokens, long n, long d) {
+void v4_hc_post(const float* y, const float* streams, const float* post, const float* comb, float* out, long tokens, long n,
+                long d) {
   for (long t = 0; t < tokens; ++t)
     for (long j = 0; j < n; ++j) {
       float* target = out + (t * n + j) * d;
@@ -103,8 +107,8 @@ void v4_rms_norm(const float* x, const float* weight, float* y, long rows, long 
 }
 
 // y [T, H, C]: x with its last 2*pairs channels turned by cos, sin [T, pairs] (sign -1: back); normalise: unit RMS first
-void v4_rope(const float* x, const float* cos, const float* sin, float* y, long tokens, long heads, long c, long pairs, float sign,
-             int normalise, float eps) {
+void v4_rope(const float* x, const float* cos, const float* sin, float* y, long tokens, long heads, long c, long pairs,
+             float sign, int normalise, float eps) {
   for (long r = 0; r < tokens * heads; ++r) {
     const long t = r / heads;
     if (normalise)

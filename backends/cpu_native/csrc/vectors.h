@@ -1,8 +1,6 @@
 // Sixteen fp32 lanes as a compiler vector (lowered to whatever the machine has) and the sums every kernel uses.
 // Compiled without -ffast-math: linking with it would switch off denormals for the whole process.
 #pragma once
-#include <omp.h>
-
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -24,20 +22,26 @@ inline float total(Lanes v) {
 // Dot products of one row of weights with T vectors that lie `stride` floats apart: the row is read from memory once.
 template <int T>
 inline void dots(const float* row, const float* x, long stride, long n, float* out) {
-  Lanes a[T], b[T];
-  for (int t = 0; t < T; ++t) a[t] = b[t] = Lanes{};
+  constexpr int kSums = T == 1 ? 8 : T == 2 ? 4 : 2;  // in flight: enough for the latency of multiply-adds and of memory
+  Lanes sum[T][kSums];
+  for (auto& mine : sum)
+    for (Lanes& s : mine) s = Lanes{};
   long i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Lanes w0 = load(row + i), w1 = load(row + i + kLanes);
-    for (int t = 0; t < T; ++t) {
-      a[t] += w0 * load(x + t * stride + i);
-      b[t] += w1 * load(x + t * stride + i + kLanes);
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes)
+    for (int u = 0; u < kSums; ++u) {
+      const Lanes w = load(row + i + u * kLanes);
+      for (int t = 0; t < T; ++t) sum[t][u] += w * load(x + t * stride + i + u * kLanes);
     }
-  }
+  for (; i + kLanes <= n; i += kLanes)
+    for (int t = 0; t < T; ++t) sum[t][0] += load(row + i) * load(x + t * stride + i);
   float rest[T] = {};
   for (; i < n; ++i)
     for (int t = 0; t < T; ++t) rest[t] += row[i] * x[t * stride + i];
-  for (int t = 0; t < T; ++t) out[t] = total(a[t] + b[t]) + rest[t];
+  for (int t = 0; t < T; ++t) {
+    for (int half = kSums / 2; half; half /= 2)
+      for (int u = 0; u < half; ++u) sum[t][u] += sum[t][u + half];
+    out[t] = total(sum[t][0]) + rest[t];
+  }
 }
 
 inline float dot(const float* a, const float* b, long n) {
@@ -89,11 +93,9 @@ inline void add_scaled(float* y, const float* x, float factor, long n) {
   for (; i < n; ++i) y[i] += factor * x[i];
 }
 
-inline float inverse_rms(const float* x, long n, float eps) { return 1.0f / std::sqrt(dot(x, x, n) / static_cast<float>(n) + eps); }
-
-// Below this many floats of weights, waking a second thread costs more than it saves.
-constexpr long kAlone = 1 << 14;
-inline int team(long floats, int threads) { return floats < kAlone ? 1 : threads; }
+inline float inverse_rms(const float* x, long n, float eps) {
+  return 1.0f / std::sqrt(dot(x, x, n) / static_cast<float>(n) + eps);
+}
 
 // Whether the rows first..end-1 of a sequence lie in blocks that its table and the cache have.
 inline bool held(const int32_t* table, long first, long end, long per_block, long width, long blocks) {
@@ -105,5 +107,3 @@ inline bool held(const int32_t* table, long first, long end, long per_block, lon
 }
 
 }  // namespace v4
-
-extern "C" void v4_linear(const float* x, const float* w, float* y, long tokens, long groups, long n, long k, int threads);
