@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ops.contract import CONTRACTS
 from ops.trace.call import Call, Link
-from ops.trace.record import raw
+from ops.trace.record import checksum
 from ops.trace.writer import FORMAT, LINES, VERSION, contract_form, short
 
 
@@ -55,6 +54,7 @@ class Trace:
         self._check_contracts()
         self._check_files()
         self._opened: dict[str, Any] = {}
+        self._proven: set[str] = set()
         self._where: dict[str, Path] | None = None
 
     # ---- opening ----------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Trace:
             return self._parameter(form)
         found = self._tensor(form["key"])
         self._check(found, form, form["key"])
-        if f"{zlib.crc32(raw(found)):08x}" != form["crc"]:
+        if checksum(found) != form["crc"]:
             raise TraceError(f"{self.folder}: tensor {form['key']} is damaged: its checksum is not {form['crc']}")
         return _strided(found, form.get("stride"))
 
@@ -192,10 +192,16 @@ class Trace:
         if self.header["weights"]:
             found = self._tensor(f"parameter:{name}")
         elif self._parameters is None:
-            raise TraceError(f"{self.folder}: recorded without weights: give the checkpoint with --model DIR")
+            raise TraceError(f"{self.folder}: recorded without weights: give the checkpoint with --checkpoint DIR")
         else:
             found = self._parameters(name)
         self._check(found, form, name)
+        if name not in self._proven and self.end is not None:
+            expected = self.end["parameters"].get(name)
+            if checksum(found) != expected:
+                what = "it is damaged" if self.header["weights"] else "the checkpoint's are not the weights that were recorded"
+                raise TraceError(f"{self.folder}: parameter {name}: its checksum is not {expected}: {what}")
+            self._proven.add(name)
         return found
 
     def _files(self) -> Mapping[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -63,6 +64,10 @@ def raw(t: Tensor) -> memoryview:
 
 def checksum(t: Tensor) -> str:
     """CRC-32 of the tensor's bytes in the order of its elements, as eight hexadecimal digits."""
+    if t.device.type == "cpu" and t.is_contiguous():
+        # read where they lie: a run has hundreds of small tensors a step, and views of views cost more than their bytes
+        size = t.numel() * t.element_size()
+        return f"{zlib.crc32((ctypes.c_ubyte * size).from_address(t.data_ptr()) if size else b''):08x}"
     return f"{zlib.crc32(raw(t)):08x}"
 
 
@@ -83,7 +88,7 @@ class Recorder:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._sink: Sink | None = None
         self._binding: Binding | None = None
-        self._parameters: dict[tuple[int, tuple[int, ...], torch.dtype], str] = {}
+        self._parameters: dict[tuple[int, torch.Size, torch.dtype], str] = {}
         self._names = {op: tuple(signature(c).parameters) for op, c in CONTRACTS.items()}
         self._lineage = Lineage()
 
@@ -94,15 +99,15 @@ class Recorder:
     def attach(self, model: nn.Module, binding: Binding, sink: Sink) -> None:
         """Pass calls on to `sink` from now on; forward passes of `model` are counted, its parameters and backends known by name."""
         self._binding, self._sink = binding, sink
-        self._parameters = {(p.data_ptr(), tuple(p.shape), p.dtype): name for name, p in model.named_parameters()}
+        self._parameters = {(p.data_ptr(), p.shape, p.dtype): name for name, p in model.named_parameters()}
         model.register_forward_pre_hook(self._next_step)
 
     def _next_step(self, *_: Any) -> None:
         self.step += 1
         self._lineage.prune()
 
-    def _parameter(self, value: Tensor) -> str | None:
-        return self._parameters.get((value.data_ptr(), tuple(value.shape), value.dtype))
+    def _parameter(self, value: Any) -> str | None:
+        return self._parameters.get((value.data_ptr(), value.shape, value.dtype)) if isinstance(value, nn.Parameter) else None
 
     def _wrap(self, place: str, op: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         names = self._names[op]
@@ -117,7 +122,7 @@ class Recorder:
             impl = self._binding.backend_of(op, args, kwargs)
             made = Call(self.number, max(self.step, 0), place, op, count, impl, arguments)
             self.number += 1
-            parameters = {n: p for n, v in arguments.items() if isinstance(v, Tensor) and (p := self._parameter(v)) is not None}
+            parameters = {n: p for n, v in arguments.items() if (p := self._parameter(v)) is not None}
             self._trace_back(made, caches | parameters.keys())
             if self._sink.wants(place, op, made.step):
                 found = self._keep(made, lambda: fn(*args, **kwargs), parameters)

@@ -25,6 +25,7 @@ FORMAT, VERSION = "v4-trace", 1
 LINES = "calls.jsonl"
 SHARD = 64 * 2**20
 """Bytes of tensors gathered before a file is written."""
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 
 
 def contract_form(op: str) -> str:
@@ -74,7 +75,7 @@ class Writer:
         self.folder, self.selection, self.limit, self.weights = folder, selection, limit, weights
         _make_room(folder, overwrite)
         self._lines = (folder / LINES).open("w", encoding="utf-8")
-        self._calls = self._kept = self._left_out = self._bytes = 0
+        self._calls = self._kept = self._left_out = self._bytes = self._gathered = 0
         self._pending: dict[str, Tensor] = {}
         self._stored: set[str] = set()
         self._sums: dict[str, str] = {}
@@ -114,7 +115,7 @@ class Writer:
             written={n: self._stored_form(t) for n, t in call.written.items()},
             kept=True,
         )
-        if tensors_bytes(*self._pending.values()) >= SHARD:
+        if self._gathered >= SHARD:
             self._flush()
 
     def _to_store(self, call: Call, parameters: Mapping[str, str]) -> list[Any]:
@@ -145,7 +146,7 @@ class Writer:
         return end
 
     def _write(self, value: Mapping[str, Any]) -> None:
-        self._lines.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
+        self._lines.write(_JSON.encode(value) + "\n")
 
     def _call(self, call: Call, arguments: Mapping[str, Any], outputs: list[Any], **more: Any) -> None:
         self._calls += 1
@@ -178,6 +179,7 @@ class Writer:
         self._stored.add(key)
         self._pending[key] = value.detach().cpu().contiguous()
         self._bytes += tensors_bytes(value)
+        self._gathered += tensors_bytes(value)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -186,7 +188,7 @@ class Writer:
         # copies, because parts of one storage can not be saved by themselves
         save_file({k: t.clone() for k, t in self._pending.items()}, path)
         self._files[path.name] = path.stat().st_size
-        self._pending = {}
+        self._pending, self._gathered = {}, 0
 
 
 def _own_files(folder: Path, overwrite: bool) -> list[str]:
