@@ -69,7 +69,9 @@ def test_every_call_has_checksums_and_the_chosen_ones_tensors(trace: Path) -> No
     assert {r["place"] for r in found.records} == {*(f"layers.{i}" for i in range(5)), "head"}
     assert {r["step"] for r in found.records} == set(range(6))
     assert {r["place"] for r in found.kept} == {"layers.2"} and len(found.kept) > 100
-    tensors = [form for r in found.records for form in (*r["in"].values(), *r["out"]) if isinstance(form, dict) and "shape" in form]
+    tensors = [
+        form for r in found.records for form in (*r["in"].values(), *r["out"]) if isinstance(form, dict) and "shape" in form
+    ]
     assert all("crc" in form or "parameter" in form for form in tensors)
 
 
@@ -115,7 +117,7 @@ def test_a_checksum_is_that_of_the_bytes_in_order(stored: torch.dtype) -> None:
     t = torch.arange(24).reshape(4, 6).to(torch.uint8).view(torch.bool if stored == torch.bool else torch.uint8)
     t = t if stored == torch.bool else t.float().to(stored)
     for view in (t, t.T, t[1:], t[:, 2:5], t[:0]):
-        assert checksum(view) == f"{zlib.crc32(view.contiguous().view(-1).view(torch.uint8).numpy().tobytes()):08x}"
+        assert checksum(view) == zlib.crc32(view.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         assert bytes(raw(view)) == view.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -249,7 +251,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "lost lines": (lambda f: _lines(f, lambda ls: [*ls[:5], *ls[9:]]), "the closing line counts"),
     "foreign line": (lambda f: _lines(f, lambda ls: [*ls[:5], '{"x": 1}', *ls[5:]]), "line 6: not a recorded call"),
     "other contract": (lambda f: _header(f, contracts={"rms_norm": "0: (x)"}), "recorded with another contract of"),
-    "unknown op": (lambda f: _lines(f, lambda ls: [s.replace('"op":"hc_pre"', '"op":"hc_prae"') for s in ls]), "an op that this version does"),
+    "unknown op": (
+        lambda f: _lines(f, lambda ls: [s.replace('"op":"hc_pre"', '"op":"hc_prae"') for s in ls]),
+        "an op that this version does",
+    ),
     "tensors gone": (lambda f: next(f.glob("tensors-*")).unlink(), "missing; the trace has it with"),
     "tensors short": (_shorten, "copied in part?"),
     "bit flipped": (_flip, "damaged"),

@@ -15,8 +15,9 @@ from backends import NAMES
 from ops import CONTRACTS
 from ops.contract import Contract
 from ops.registry import load_backend
+from tools.marked import filled
 
-BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
+MARK = "support table"
 README = Path(__file__).resolve().parent.parent / "README.md"
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -29,7 +30,9 @@ def cell(contract: Contract, backend: str) -> str:
     types = ", ".join(sorted(_SHORT.get(d, str(d)) for d in impl.dtypes)) or "any type"
     chips = ", ".join(sorted(impl.soc)) or "any chip"
     return (
-        f"{types}; {chips}" + (f"; needs {', '.join(n.split(' (')[0] for n in impl.needs)}" if impl.needs else "") + ("; some shapes" if impl.when else "")
+        f"{types}; {chips}"
+        + (f"; needs {', '.join(n.split(' (')[0] for n in impl.needs)}" if impl.needs else "")
+        + ("; some shapes" if impl.when else "")
     )
 
 
@@ -44,11 +47,8 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    """README text with the table between the marks. ValueError when a mark is absent."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md: found no {BEGIN} ... {END}, expected both marks around the support table")
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END, 1)[1]}"
+    """README text with the table between its marks. ValueError when a mark is absent."""
+    return filled(text, MARK, table(), "README.md")
 
 
 def main(argv: list[str] | None = None) -> int:

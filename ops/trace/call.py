@@ -41,8 +41,8 @@ class Call:
     arguments: dict[str, Any]
     outputs: list[Tensor] = field(default_factory=list)
     written: dict[str, Tensor] = field(default_factory=dict)
-    sums: dict[str, str] = field(default_factory=dict)
-    output_sums: list[str] = field(default_factory=list)
+    sums: dict[str, int] = field(default_factory=dict)
+    output_sums: list[int] = field(default_factory=list)
     links: dict[str, Link] = field(default_factory=dict)
 
     @property

@@ -20,11 +20,7 @@ class _Result:
     bytes: int
     number: int
     output: int
-    checksum: str
-
-
-def _bytes(t: Tensor) -> int:
-    return t.numel() * t.element_size()
+    checksum: int
 
 
 class Lineage:
@@ -33,15 +29,15 @@ class Lineage:
     def __init__(self) -> None:
         self._results: dict[int, _Result] = {}
 
-    def made(self, t: Tensor, number: int, output: int, checksum: str) -> None:
+    def made(self, t: Tensor, number: int, output: int, checksum: int) -> None:
         """Note result `output` of call `number`."""
-        if t.numel() and t.is_contiguous():
-            self._results[t.data_ptr()] = _Result(StorageWeakRef(t.untyped_storage()), _bytes(t), number, output, checksum)
+        if (size := t.nbytes) and t.is_contiguous():
+            self._results[t.data_ptr()] = _Result(StorageWeakRef(t.untyped_storage()), size, number, output, checksum)
 
-    def of(self, t: Tensor, checksum: str) -> Link | None:
+    def of(self, t: Tensor, checksum: int) -> Link | None:
         """The result that `t` is, or is a view of in whole; None when it is none that is known."""
-        found = self._results.get(t.data_ptr()) if t.numel() and t.is_contiguous() else None
-        if found is None or found.bytes != _bytes(t) or found.storage.expired():
+        found = self._results.get(t.data_ptr())
+        if found is None or not t.is_contiguous() or found.bytes != t.nbytes or found.storage.expired():
             return None
         return Link(found.number, found.output, found.checksum == checksum)
 

@@ -178,7 +178,7 @@ class Trace:
             return self._parameter(form)
         found = self._tensor(form["key"])
         self._check(found, form, form["key"])
-        if checksum(found) != form["crc"]:
+        if f"{checksum(found):08x}" != form["crc"]:
             raise TraceError(f"{self.folder}: tensor {form['key']} is damaged: its checksum is not {form['crc']}")
         return _strided(found, form.get("stride"))
 
@@ -198,7 +198,7 @@ class Trace:
         self._check(found, form, name)
         if name not in self._proven and self.end is not None:
             expected = self.end["parameters"].get(name)
-            if checksum(found) != expected:
+            if f"{checksum(found):08x}" != expected:
                 what = "it is damaged" if self.header["weights"] else "the checkpoint's are not the weights that were recorded"
                 raise TraceError(f"{self.folder}: parameter {name}: its checksum is not {expected}: {what}")
             self._proven.add(name)

@@ -38,6 +38,7 @@ class Selection:
 
 
 NOTHING = Selection(places=frozenset())
+_SMALL = 1 << 16  # bytes up to which a copy costs less than a view
 
 
 class Sink(Protocol):
@@ -62,13 +63,15 @@ def raw(t: Tensor) -> memoryview:
     return _bytes(t).cpu().numpy().data
 
 
-def checksum(t: Tensor) -> str:
-    """CRC-32 of the tensor's bytes in the order of its elements, as eight hexadecimal digits."""
-    if t.device.type == "cpu" and t.is_contiguous():
-        # read where they lie: a run has hundreds of small tensors a step, and views of views cost more than their bytes
-        size = t.numel() * t.element_size()
-        return f"{zlib.crc32((ctypes.c_ubyte * size).from_address(t.data_ptr()) if size else b''):08x}"
-    return f"{zlib.crc32(raw(t)):08x}"
+def checksum(t: Tensor) -> int:
+    """CRC-32 of the tensor's bytes in the order of its elements."""
+    if t.device.type != "cpu" or not t.is_contiguous():
+        return zlib.crc32(raw(t))
+    # read where they lie: a run has hundreds of small tensors a step, and views of views cost more than their bytes
+    size = t.nbytes
+    if size <= _SMALL:
+        return zlib.crc32(ctypes.string_at(t.data_ptr(), size)) if size else 0
+    return zlib.crc32((ctypes.c_ubyte * size).from_address(t.data_ptr()))
 
 
 def _flat(result: Any) -> list[Tensor]:
@@ -101,6 +104,13 @@ class Recorder:
         self._binding, self._sink = binding, sink
         self._parameters = {(p.data_ptr(), p.shape, p.dtype): name for name, p in model.named_parameters()}
         model.register_forward_pre_hook(self._next_step)
+
+    def start(self, sink: Sink) -> None:
+        """Record another run of the attached model: numbers, steps and counts begin anew."""
+        self._sink = sink
+        self.number, self.step = 0, -1
+        self._counts.clear()
+        self._lineage = Lineage()
 
     def _next_step(self, *_: Any) -> None:
         self.step += 1

@@ -78,6 +78,8 @@ class Writer:
         self._calls = self._kept = self._left_out = self._bytes = self._gathered = 0
         self._pending: dict[str, Tensor] = {}
         self._stored: set[str] = set()
+        self._heads: dict[tuple[Any, ...], str] = {}
+        self._constants: dict[tuple[type, Any], str] = {}
         self._sums: dict[str, str] = {}
         self._files: dict[str, int] = {}
         contracts = {op: contract_form(op) for op in CONTRACTS}
@@ -94,8 +96,30 @@ class Writer:
 
     def line(self, call: Call) -> None:
         """Shapes and checksums of arguments and results."""
-        given = {n: _tensor_form(v, crc=call.sums[n]) if isinstance(v, Tensor) else _plain(v) for n, v in call.arguments.items()}
-        self._call(call, given, [_tensor_form(t, crc=c) for t, c in zip(call.outputs, call.output_sums, strict=True)])
+        self._calls += 1
+        given = ",".join(
+            f'"{n}":{self._noted(v, call.sums[n]) if isinstance(v, Tensor) else self._constant(v)}'
+            for n, v in call.arguments.items()
+        )
+        found = ",".join(self._noted(t, c) for t, c in zip(call.outputs, call.output_sums, strict=True))
+        links = ",".join(f'"{n}":[{link.number},{link.output}]' for n, link in call.links.items())
+        # put together by hand, from names that need no escape: this line is what recording costs
+        self._lines.write(
+            f'{{"n":{call.number},"step":{call.step},"place":"{call.place}","op":"{call.op}","count":{call.count},'
+            f'"impl":{self._constant(call.impl)},"from":{{{links}}},"in":{{{given}}},"out":[{found}]}}\n'
+        )
+
+    def _noted(self, t: Tensor, total: int) -> str:
+        key = (t.dtype, t.shape, t.stride())
+        if (head := self._heads.get(key)) is None:
+            head = self._heads[key] = _JSON.encode(_tensor_form(t))[:-1]
+        return f'{head},"crc":"{total:08x}"}}'
+
+    def _constant(self, value: Any) -> str:
+        key = (type(value), value)
+        if (text := self._constants.get(key)) is None:
+            text = self._constants[key] = _JSON.encode(_plain(value))
+        return text
 
     def kept(self, call: Call, parameters: Mapping[str, str]) -> None:
         """The call's line, and its tensors unless they would pass the limit."""
@@ -151,9 +175,8 @@ class Writer:
     def _call(self, call: Call, arguments: Mapping[str, Any], outputs: list[Any], **more: Any) -> None:
         self._calls += 1
         head = {"n": call.number, "step": call.step, "place": call.place, "op": call.op, "count": call.count, "impl": call.impl}
-        if call.links:
-            more["from"] = {name: [link.number, link.output] for name, link in call.links.items()}
-        self._write({**head, "in": arguments, "out": outputs, **more})
+        links = {name: [link.number, link.output] for name, link in call.links.items()}
+        self._write({**head, "from": links, "in": arguments, "out": outputs, **more})
 
     def _stored_form(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -168,7 +191,7 @@ class Writer:
 
     def _parameter(self, value: Tensor, name: str) -> dict[str, Any]:
         if name not in self._sums:
-            self._sums[name] = checksum(value)
+            self._sums[name] = f"{checksum(value):08x}"
         if self.weights:
             self._store(f"parameter:{name}", value)
         return _tensor_form(value, parameter=name)

@@ -1,4 +1,4 @@
-"""`python -m tools.bench cpu`: exit code 0 after a complete run, 2 when it could not run."""
+"""`python -m tools.bench cpu | trace`: exit code 0 after a complete run, 2 when it could not run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,40 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument("--checkpoint", type=Path, help="checkpoint directory; default: build/bench-<config>, made when absent")
     cpu.add_argument("--sections", default="prefill,decode,long,ops,load", help="comma-separated")
     cpu.add_argument("--quick", action="store_true", help="small sizes, for a look")
-    cpu.add_argument("--threads", type=int, help="default: what torch chooses")
-    cpu.add_argument("--json", type=Path, help="write the report here")
-    cpu.add_argument("--markdown", type=Path, help="put the tables between the markers of this page")
     cpu.add_argument("--plot", type=Path, help="write the plot of op times against context here (needs matplotlib)")
+    trace = verbs.add_parser("trace", help="what recording the demo's run costs, and how large the trace is")
+    trace.add_argument(
+        "--model", type=Path, default=Path("build/nano"), help="checkpoint directory; default: build/nano (make demo)"
+    )
+    trace.add_argument("--prompt", default="Hello! Who are you?")
+    trace.add_argument("--tokens", type=int, default=48)
+    trace.add_argument("--rounds", type=int, default=5)
+    for verb in (cpu, trace):
+        verb.add_argument("--threads", type=int, help="default: what torch chooses")
+        verb.add_argument("--json", type=Path, help="write the report here")
+        verb.add_argument("--markdown", type=Path, help="put the tables between the marks of this page")
     return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from tools import marked
+    from tools.bench import trace
+
+    try:
+        report = trace.measure(args.model, args.prompt, args.tokens, args.rounds, _say)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"tools.bench: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if args.markdown:
+        marked.put(args.markdown, trace.MARK, trace.markdown(report))
+    print(trace.markdown(report))
+    return 0
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:
@@ -41,18 +70,21 @@ def _checkpoint(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     args = _parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.verb == "trace":
+        return _trace(args)
     for package, wanted in (("transformers", True), ("matplotlib", args.plot is not None)):
         if wanted and importlib.util.find_spec(package) is None:
             print(f"tools.bench: {package} is not installed; pip install -e .[test,dev]", file=sys.stderr)
             return 2
+    from tools import marked
     from tools.bench import cpu, plots, table
 
     sections = [s for s in args.sections.split(",") if s]
     if unknown := set(sections) - set(cpu.SECTIONS):
         print(f"tools.bench: unknown sections {sorted(unknown)}; known: {', '.join(cpu.SECTIONS)}", file=sys.stderr)
         return 2
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.plot and "ops" not in sections:
         print("tools.bench: --plot needs the section ops", file=sys.stderr)
         return 2
@@ -61,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
             _checkpoint(args),
             sections,
             cpu.QUICK if args.quick else cpu.Sizes(),
-            lambda line: print(line, file=sys.stderr, flush=True),
+            _say,
         )
     except (ValueError, FileNotFoundError) as error:
         print(f"tools.bench: {error}", file=sys.stderr)
@@ -69,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.markdown:
-        table.put(args.markdown, report)
+        marked.put(args.markdown, table.MARK, table.markdown(report))
     if args.plot:
         plots.context_plot(report, args.plot)
     print(table.markdown(report))

@@ -1,11 +1,10 @@
-"""The report of a run as Markdown tables, put between two markers of a page."""
+"""The report of a run as Markdown tables."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- bench cpu: begin -->", "<!-- bench cpu: end -->"
+MARK = "bench cpu"
 SHOWN_OPS = 14
 
 
@@ -73,17 +72,3 @@ def markdown(report: dict[str, Any]) -> str:
             values = " | ".join(f"{r['seconds'].get(op, 0.0) * 1e3:.2f}" for r in report["ops"])
             lines.append(f"| {op} | {values} |")
     return "\n".join(lines) + "\n"
-
-
-def put(path: Path, report: dict[str, Any]) -> None:
-    """Write the tables between the markers of `path`. ValueError when an existing page has no markers."""
-    body = f"{BEGIN}\n\n{markdown(report)}\n{END}\n"
-    if not path.exists():
-        path.write_text(body, encoding="utf-8")
-        return
-    page = path.read_text(encoding="utf-8")
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path}: found no markers {BEGIN} ... {END}; add them where the tables belong")
-    path.write_text(head + body.rstrip("\n") + tail, encoding="utf-8")

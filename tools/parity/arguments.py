@@ -31,5 +31,6 @@ def add(verbs: Any) -> None:
     p.add_argument("--threads", type=int, metavar="N", help="torch threads; default 1")
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="machine form, to FILE or instead of the text")
     p.add_argument("--html", metavar="FILE", help="one self-contained page")
+    p.add_argument("--markdown", metavar="FILE", help="put the counts by op between the marks of this page")
     p.add_argument("--overwrite", action="store_true", help="replace files that are there")
     p.add_argument("--quiet", action="store_true", help="no progress bar")

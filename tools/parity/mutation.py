@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,18 +18,38 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass
 class Mutation:
-    """Tried pairs of mutant, type and seed; those that survived; legal cases and those rejected."""
+    """Tried triples of mutant, type and seed by op; those that survived; legal cases by op and those rejected."""
 
-    total: int = 0
+    tried: Counter[str] = field(default_factory=Counter)
     survivors: list[str] = field(default_factory=list)
     judged: int = 0
-    legal_cases: int = 0
+    legal: Counter[str] = field(default_factory=Counter)
     false_alarms: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Mutants tried."""
+        return self.tried.total()
+
+    @property
+    def legal_cases(self) -> int:
+        """Legal cases judged."""
+        return self.legal.total()
 
     @property
     def killed(self) -> int:
         """Mutants rejected, of `total`."""
         return self.total - len(self.survivors)
+
+    def of_op(self, op: str) -> dict[str, int]:
+        """Counts of one op."""
+        survivors = sum(s.startswith(f"{op}:") for s in self.survivors)
+        return {
+            "mutants_total": self.tried[op],
+            "mutants_killed": self.tried[op] - survivors,
+            "legal_cases": self.legal[op],
+            "false_alarms": sum(a.startswith(f"{op}:") for a in self.false_alarms),
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -43,7 +64,7 @@ def kill(op: str, seeds: Sequence[int], found: Mutation, step: Callable[[], obje
     for seed in seeds:
         for dtype in _DTYPES:
             left = [m for m in MUTANTS[op].values() if dtype in m.dtypes]
-            found.total += len(left)
+            found.tried[op] += len(left)
             for sample in samples_by_size(contract, dtype, seed):
                 if not left:
                     break
@@ -65,7 +86,7 @@ def tolerate(op: str, seeds: Sequence[int], found: Mutation, step: Callable[[], 
                 golden = golden_of(contract, sample)
                 for v in variants:
                     verdict = judge(contract, v.make(correct), sample, golden=golden)
-                    found.legal_cases += 1
+                    found.legal[op] += 1
                     if not verdict.ok:
                         found.false_alarms.append(f"{v} {dtype} seed {seed} {verdict}")
         step()

@@ -16,7 +16,7 @@ _EDGES = (0.0, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def by_op(outcome: Outcome, mutation: Mutation) -> dict[str, dict[str, Any]]:
-    """Per op: cases, failures, worst error/bound, counts by class of error/bound, surviving mutants."""
+    """Per op: cases, failures, worst error/bound, counts by class of error/bound, mutants and legal cases."""
     grouped: dict[str, list[Case]] = defaultdict(list)
     for case in outcome.cases:
         grouped[case.where.op].append(case)
@@ -32,6 +32,7 @@ def by_op(outcome: Outcome, mutation: Mutation) -> dict[str, dict[str, Any]]:
             "worst": max(finite, default=None),
             "classes": counts,
             "survivors": [s for s in mutation.survivors if s.startswith(f"{op}:")],
+            **mutation.of_op(op),
         }
     return found
 
@@ -76,6 +77,25 @@ def text(found: dict[str, Any]) -> str:
     if len(found["failures"]) > 20:
         lines.append(f"  and {len(found['failures']) - 20} more wrong cases (--json lists all)")
     return "\n".join(lines + [f"FAIL {p}" for p in found["problems"]])
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Counts by op for docs/parity.md."""
+    lines = [
+        "| op | cases | wrong | largest error/bound | mutants rejected | legal cases rejected |",
+        "|---|---|---|---|---|---|",
+    ]
+    for op, row in found["by_op"].items():
+        worst = "-" if row["worst"] is None else f"{row['worst']:.3f}"
+        mutants = f"{row['mutants_killed']} of {row['mutants_total']}" if row["mutants_total"] else "-"
+        legal = f"{row['false_alarms']} of {row['legal_cases']}" if row["legal_cases"] else "-"
+        lines.append(f"| {op} | {row['cases']} | {row['failures']} | {worst} | {mutants} | {legal} |")
+    lines.append(
+        f"| all | {found['cases']} | {len(found['failures'])} | | {found['mutants_killed']} of {found['mutants_total']} | "
+        f"{found['false_alarms']} of {found['mutation']['legal_cases']} |"
+    )
+    lines.append(f"\n{found['machine']}; seed {found['seed']}.")
+    return "\n".join(lines)
 
 
 def html(found: dict[str, Any], outcome: Outcome) -> str:

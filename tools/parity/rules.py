@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from ops.contract import CONTRACTS, Contract, Sample
 from ops.judge import call_with_clones, golden_of, judge
 from ops.mutants import LEGAL, MUTANTS, rounded_reference, samples_by_size
 from ops.mutants.core import Variant
+from tools import marked
 
+MARK = "rules"
 Rule = Callable[[Tensor, Tensor], bool]
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -125,12 +128,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--op", action="append", choices=sorted(MUTANTS), help="only this op (may be given more than once)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--json", action="store_true")
+    options.add_argument("--markdown", type=Path, help="put the table between the marks of this page too")
     args = options.parse_args(argv)
     torch.set_num_threads(1)
     ops = args.op or sorted(MUTANTS)
     with tqdm(total=len(ops), desc="rules", unit="op", disable=not sys.stderr.isatty()) as bar:
         table = compare(ops, args.seed, bar.update)
     print(json.dumps(table, indent=1) if args.json else markdown(table))
+    if args.markdown:
+        marked.put(args.markdown, MARK, markdown(table))
     return 0
 
 

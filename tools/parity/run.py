@@ -21,6 +21,7 @@ from backends import NAMES
 from ops.contract import CONTRACTS
 from ops.mutants import LEGAL, MUTANTS, Plant
 from ops.registry import load_backend
+from tools import marked
 from tools.doctor import machine
 from tools.parity import gaps, report
 from tools.parity.cases import TYPES, Outcome, combinations, judge_combination
@@ -124,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
     if args.html:
         Path(args.html).write_text(report.html(found, outcome), encoding="utf-8")
+    if args.markdown:
+        marked.put(Path(args.markdown), "counts by op", report.markdown(found))
     if args.json == "-":
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:

@@ -1,6 +1,6 @@
 """Faults planted one at a time in a model of twelve layers, each to be named by `v4 trace bisect`: op, layer and step.
 
-`python -m tools.trace.faults` prints the table of docs/parity.md; exit code 0 when every fault was named exactly, else 1.
+`python -m tools.trace.faults --markdown docs/parity.md` writes the table there; exit code 0 when every fault was named exactly, else 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ops.mutants import Plant
+from tools import marked
 from tools.cli import parser
 from tools.trace import bisect
 from v4.config import Config
@@ -51,6 +52,7 @@ FAULTS = (
     "linear:nan@head#1",
 )
 """OP:MUTANT@PLACE#COUNT, in the order of the layers; COUNT is the number of the op's calls there."""
+MARK = "planted faults"
 PROMPT, NEW = 140, 5
 """Tokens: a prompt that completes an HCA entry and lets the indexer choose, and enough steps to complete CSA entries."""
 
@@ -100,17 +102,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plant each fault, bisect, print the table."""
     options = argparse.ArgumentParser(prog="python -m tools.trace.faults", description=__doc__)
     options.add_argument("--fault", action="append", help="only this one (may be given more than once)")
+    options.add_argument("--markdown", type=Path, help="put the table between the marks of this page too")
     args = options.parse_args(argv)
     torch.set_num_threads(1)
     faults = args.fault or FAULTS
-    print("| planted | what is wrong | named by bisect | error/bound | calls judged | exact |\n|---|---|---|---|---|---|")
+    lines = ["| planted | what is wrong | named by bisect | error/bound | calls judged | exact |", "|---|---|---|---|---|---|"]
     right = 0
     with tempfile.TemporaryDirectory(prefix="v4-faults-") as folder:
         model = checkpoint(Path(folder))
         for fault in tqdm(faults, desc="faults", disable=not sys.stderr.isatty()):
             first = named(model, fault)
             right += exactly(fault, first)
-            print(_row(fault, first), flush=True)
+            lines.append(_row(fault, first))
+    lines.append(f"\n{right} of {len(faults)} named exactly: op, layer and step.")
+    print("\n".join(lines))
+    if args.markdown:
+        marked.put(args.markdown, MARK, "\n".join(lines))
     return 0 if right == len(faults) else 1
 
 
