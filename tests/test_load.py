@@ -16,7 +16,7 @@ from v4.checkpoint import Checkpoint
 from v4.errors import CheckpointError
 from v4.load import LoadReport, load_parameters, raw_read_gb_per_s
 from v4.make import make
-from v4.memory import LARGE, uninitialised
+from v4.memory import LARGE, Memory
 
 
 def filled(
@@ -195,22 +195,28 @@ def test_raw_reading_reports_a_rate() -> None:
 def test_long_tensors_are_read_in_parts_and_hold_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = parameters_of(CONFIG, torch.float32)
     whole, _ = filled(sound(storage="f32"), parameters, torch.float32)
-    # odd parts, and large pages for every parameter that they fit
-    monkeypatch.setattr(sys.modules["v4.load"], "PART", 1000)
+    monkeypatch.setattr(sys.modules["v4.load"], "PART", 1000)  # odd, so that a part ends within a row
     monkeypatch.setattr(sys.modules["v4.memory"], "LARGE", 4096)
     parts, report = filled(sound(storage="f32"), parameters, torch.float32)
     assert report.bytes == Checkpoint(sound(storage="f32")).bytes
     assert all(same(parts[name], value) for name, value in whole.items())
 
 
-def test_large_tensors_get_pages_of_their_own_and_give_them_back() -> None:
-    before = len(Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()) if Path("/proc/self/maps").is_file() else 0
-    for _ in range(3):
-        large = uninitialised((3, LARGE // 4 + 5), torch.float32)
-        assert large.shape == (3, LARGE // 4 + 5) and large.is_contiguous() and large.data_ptr() % 64 == 0
-        large.fill_(1.5)
-        assert large.sum() == 1.5 * large.numel()
-    assert uninitialised((0, 7), torch.bfloat16).shape == (0, 7)
-    del large
-    if before:
-        assert len(Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()) <= before + 2
+def _mappings() -> int:
+    maps = Path("/proc/self/maps")
+    return len(maps.read_text(encoding="utf-8").splitlines()) if maps.is_file() else 0
+
+
+def test_tensors_do_not_overlap_and_their_pages_are_given_back() -> None:
+    before = _mappings()
+    memory, shapes = Memory(), [(3, LARGE // 4 + 5), (7,), (0, 7), (LARGE // 4 - 1,), (5, 3), *[(LARGE // 8,)] * 9]
+    made = [memory.uninitialised(shape, torch.float32) for shape in shapes]
+    for number, tensor in enumerate(made):
+        assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert not tensor.numel() or tensor.data_ptr() % 64 == 0
+        tensor.fill_(number)
+    for number, (tensor, shape) in enumerate(zip(made, shapes, strict=True)):
+        assert tensor.shape == shape and bool((tensor == number).all())
+    assert memory.uninitialised((3,), torch.bfloat16).dtype is torch.bfloat16
+    del made, tensor, memory
+    assert _mappings() <= before + 4

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from v4.checkpoint import Checkpoint
 from v4.errors import CheckpointError
 from v4.manifest import verify_files
-from v4.memory import uninitialised
+from v4.memory import Memory
 from v4.packing import scale_problem, unpack_fp4, unpack_fp8
 from v4.placement import Piece, place
 from v4.shards import StoredTensor
@@ -101,11 +101,12 @@ class _Filler:
         self.parameters = dict(module.named_parameters())
         self.left = Counter(p.parameter for p in pieces)
         self.filling: dict[str, Tensor] = {}
+        self.memory = Memory()
 
     def target(self, piece: Piece) -> Tensor:
         if piece.parameter not in self.filling:
             p = self.parameters[piece.parameter]
-            self.filling[piece.parameter] = uninitialised(tuple(p.shape), p.dtype)
+            self.filling[piece.parameter] = self.memory.uninitialised(tuple(p.shape), p.dtype)
         return piece.target(self.filling[piece.parameter])
 
     def check(self, stored: StoredTensor, tensor: Tensor) -> None:

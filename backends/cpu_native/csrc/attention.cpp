@@ -87,19 +87,14 @@ void attend(const float* q, const float* sink, const Rows& rows, float* out, lon
   });
 }
 
-const float* at(const float* cache, const int32_t* table, long row, long per_block, long c) {
-  return cache + (table[row / per_block] * per_block + row % per_block) * c;
-}
-
 // scores [n]: sum over heads of w [H] * relu(q [H, d] . key) for the first n entries of one sequence; H a multiple of 16.
-void index_scores(const float* q, const float* w, const float* keys, const int32_t* table, float* scores, long n, long heads,
-                  long d, long per_block, int threads) {
+void index_scores(const float* q, const float* w, const v4::Paged& keys, float* scores, long n, long heads, long d, int threads) {
   std::vector<float> turned(heads * d);
   v4::transpose(q, turned.data(), heads, d);
   v4::spread_rows(threads, (n + kRows - 1) / kRows, kRows * d, [&](long first, long end) {
     for (long e = first * kRows; e < std::min(n, end * kRows); e += kRows) {
       const float* some[kRows];
-      for (int j = 0; j < kRows; ++j) some[j] = at(keys, table, std::min(e + j, n - 1), per_block, d);
+      for (int j = 0; j < kRows; ++j) some[j] = keys.row(std::min(e + j, n - 1));
       Lanes sum[kRows];
       for (Lanes& s : sum) s = Lanes{};
       long h = 0;
@@ -137,27 +132,28 @@ int v4_attention(const float* q, const float* window_cache, const int32_t* windo
                  long batch, long heads, long c, long window_block, long window_width, long window_blocks, long entry_block,
                  long entry_width, long entry_blocks, long k, long window, long ratio, float scale, int threads) {
   Rows rows;
-  for (long b = 0; b < batch; ++b)
+  for (long b = 0; b < batch; ++b) {
+    const v4::Paged near(window_cache, window_table + b * window_width, window_block, window_width, window_blocks, c);
+    const v4::Paged far(entries, entry_table + b * entry_width, entry_block, entry_width, entry_blocks, c);
     for (long t = cu[b]; t < cu[b + 1]; ++t) {
-      const long position = start[b] + t - cu[b];
-      const int32_t *near = window_table + b * window_width, *far = entry_table + b * entry_width;
-      const long first = std::max(0L, position - window + 1), seen = entries ? (position + 1) / ratio : 0;
+      const long position = start[b] + t - cu[b], first = std::max(0L, position - window + 1);
       rows.clear();
+      const auto take = [&](const v4::Paged& from, long row) {
+        rows.push_back(from.row(row));
+        return rows.back() != nullptr;
+      };
       if (entries && index) {
-        for (long j = 0; j < k; ++j) {
-          const long e = index[t * k + j];
-          if (e < 0) continue;
-          if (!v4::held(far, e, e + 1, entry_block, entry_width, entry_blocks)) return -1;
-          rows.push_back(at(entries, far, e, entry_block, c));
-        }
-      } else {
-        if (entries && !v4::held(far, 0, seen, entry_block, entry_width, entry_blocks)) return -1;
-        for (long e = 0; e < seen; ++e) rows.push_back(at(entries, far, e, entry_block, c));
+        for (long j = 0; j < k; ++j)
+          if (const long e = index[t * k + j]; e >= 0 && !take(far, e)) return -1;
+      } else if (entries) {
+        for (long e = 0; e < (position + 1) / ratio; ++e)
+          if (!take(far, e)) return -1;
       }
-      if (!v4::held(near, first, position + 1, window_block, window_width, window_blocks)) return -1;
-      for (long p = first; p <= position; ++p) rows.push_back(at(window_cache, near, p, window_block, c));
+      for (long p = first; p <= position; ++p)
+        if (!take(near, p)) return -1;
       attend(q + t * heads * c, sink, rows, out + t * heads * c, heads, c, scale, threads);
     }
+  }
   return 0;
 }
 
@@ -191,8 +187,8 @@ int v4_index_topk(const float* q, const float* w, const float* keys, const int32
       }
       if (!v4::held(table + b * width, 0, visible, per_block, width, blocks)) return -1;
       scores.resize(visible);
-      index_scores(q + t * heads * d, w + t * heads, keys, table + b * width, scores.data(), visible, heads, d, per_block,
-                   threads);
+      index_scores(q + t * heads * d, w + t * heads, v4::Paged(keys, table + b * width, per_block, width, blocks, d),
+                   scores.data(), visible, heads, d, threads);
       v4_best(scores.data(), mine, visible, topk);
     }
   return 0;

@@ -97,6 +97,29 @@ inline float inverse_rms(const float* x, long n, float eps) {
   return 1.0f / std::sqrt(dot(x, x, n) / static_cast<float>(n) + eps);
 }
 
+// Rows of a paged cache. Shifts where a block's rows are a power of two: a division per row costs as much as the row's products.
+struct Paged {
+  const float* base;
+  const int32_t* table;
+  long per_block, width, blocks, c;
+  int shift;
+
+  Paged(const float* base, const int32_t* table, long per_block, long width, long blocks, long c)
+      : base(base),
+        table(table),
+        per_block(per_block),
+        width(width),
+        blocks(blocks),
+        c(c),
+        shift(per_block & (per_block - 1) ? -1 : __builtin_ctzl(per_block)) {}
+
+  const float* row(long r) const {  // null for a row that the table or the cache does not have
+    const long b = shift < 0 ? r / per_block : r >> shift;
+    if (b < 0 || b >= width || table[b] < 0 || table[b] >= blocks) return nullptr;
+    return base + (table[b] * per_block + r - b * per_block) * c;
+  }
+};
+
 // Whether the rows first..end-1 of a sequence lie in blocks that its table and the cache have.
 inline bool held(const int32_t* table, long first, long end, long per_block, long width, long blocks) {
   if (first >= end) return true;
