@@ -237,10 +237,10 @@ def test_generate_plants_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--model", str(tiny.checkpoint("flash")), "--ids", "0,5,7", "--max-new-tokens", "6", "--json"]
     assert main(command) == 0
     right = json.loads(capsys.readouterr().out)
-    assert main([*command, "--plant", "unit_rms_norm:rows_swapped@head", "--plant", "hc_post:one_element@layers.1#0"]) == 0
+    assert main([*command, "--plant", "hc_head:mean@head", "--plant", "hc_post:one_element@layers.1#0"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
-    assert found["plants"] == ["unit_rms_norm:rows_swapped@head", "hc_post:one_element@layers.1#0"]
+    assert found["plants"] == ["hc_head:mean@head", "hc_post:one_element@layers.1#0"]
     assert "planted fault hc_post:one_element@layers.1#0: the largest element" in captured.err
     assert main([*command, "--plant", "linear:nan@layers.0"]) == 0
     broken = json.loads(capsys.readouterr().out)

@@ -137,3 +137,11 @@ def test_a_fault_outside_its_own_arguments_is_found_by_swapping(twelve: Path, mo
     (fault,) = found["found"]
     assert (fault["op"], fault["place"], fault["count"]) == ("cache_insert", "layers.3", 2)  # the window's row of the second step
     assert found["distance"] > 10 * found["noise"] and fault["distance"] < found["distance"] / 4
+
+
+@pytest.mark.parametrize("plant", ["rms_norm:nan@layers.0#999", "grouped_experts:nan@layers.0"])
+def test_a_fault_that_is_never_reached_is_said(plant: str, twelve: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = faults.command(twelve)[2:]
+    assert main(["generate", *run, "--plant", plant]) == 2
+    assert f"planted fault {plant} was never reached" in capsys.readouterr().err
+    assert main(["generate", *run, "--plant", "rms_norm:nan@layers.0#0"]) == 0

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,11 +37,12 @@ class Request:
     ids: list[int]
     tokenizer: Tokenizer | None
     plants: tuple[Plant, ...] = ()
+    reached: set[Plant] = field(default_factory=set)
 
     def scope(self, place: str, ops: SimpleNamespace) -> SimpleNamespace:
         """The ops of one part of the model, with the planted faults in."""
         for plant in self.plants:
-            ops = plant.scope(place, ops)
+            ops = plant.scope(place, ops, self.reached)
         return ops
 
 
@@ -154,7 +155,7 @@ def load(request: Request, watch: Scope | None = None) -> v4.LoadedModel:
 
 
 def answer(request: Request, model: v4.LoadedModel, write: Callable[[str], None]) -> dict[str, Any]:
-    """Generate, and pass text on as it becomes complete; the JSON report.
+    """Generate, and pass text on as it becomes complete; the JSON report. ValueError when a planted fault was never reached.
 
     Keys: text, tokens, tokens_per_second, backend, ops, prompt_tokens, prefill_seconds, stopped, acceptance, plants.
     """
@@ -182,6 +183,11 @@ def answer(request: Request, model: v4.LoadedModel, write: Callable[[str], None]
     )
     if decoder:
         put(decoder.finish())
+    if missed := [str(p) for p in request.plants if p not in request.reached]:
+        raise ValueError(
+            f"planted fault {', '.join(missed)} was never reached: no such call in this run (fewer steps, or an op that this model takes as "
+            "part of a fused one, as moe_mlp takes grouped_experts); v4 trace record --no-tensors shows which calls there are"
+        )
     return {
         "text": "".join(pieces),
         "tokens": result.tokens,

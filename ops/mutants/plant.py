@@ -53,18 +53,22 @@ class Plant:
         """Whether the fault sits in call `count` of `op` at `place`."""
         return op == self.variant.op and self.place in (None, place) and self.step in (None, count)
 
-    def scope(self, place: str, ops: SimpleNamespace) -> SimpleNamespace:
-        """`ops` with the fault in, when `place` is the one meant (the form that `v4.load(scope=...)` takes)."""
+    def scope(self, place: str, ops: SimpleNamespace, reached: set[Plant] | None = None) -> SimpleNamespace:
+        """`ops` with the fault in, when `place` is the one meant (the form that `v4.load(scope=...)` takes).
+
+        reached: the plant is added when its fault has run, so that one that a model never comes to does not pass for harmless.
+        """
         if self.place not in (None, place):
             return ops
         correct = getattr(ops, self.variant.op)
-        wrong = self.variant.make(correct)
-        if self.step is None:
-            return SimpleNamespace(**{**vars(ops), self.variant.op: wrong})
-        calls, step = [0], self.step
+        wrong, calls = self.variant.make(correct), [0]
 
-        def once(*args: Any, **kwargs: Any) -> Any:
+        def planted(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
-            return (wrong if calls[0] == step + 1 else correct)(*args, **kwargs)
+            if self.step not in (None, calls[0] - 1):
+                return correct(*args, **kwargs)
+            if reached is not None:
+                reached.add(self)
+            return wrong(*args, **kwargs)
 
-        return SimpleNamespace(**{**vars(ops), self.variant.op: once})
+        return SimpleNamespace(**{**vars(ops), self.variant.op: planted})
