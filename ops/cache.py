@@ -7,14 +7,15 @@ so a packed row is not contiguous; only whole blocks are. Blocks may lie apart (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.contract import Contract, Cost, Sample, WrongInput, tensors_bytes
+from ops.cache_samples import insert_errors, insert_samples
+from ops.contract import Contract, Cost, tensors_bytes
 from ops.quant import quant_fp8, quant_mxfp4
 
 NOPE_GROUP = 64
@@ -207,48 +208,6 @@ def _index_insert_fp4_meta(cache: Tensor, rows_R128: Tensor, slots: Tensor) -> N
     _check("index_insert_fp4", cache, rows_R128, slots, d // 2 + d // FP4_GROUP, torch.uint8)
 
 
-Extra = Sequence[tuple[str, int, dict[str, Any], str]]
-WidthOf = Callable[[int], tuple[int, dict[str, Any]]]
-
-
-def _samples(width_of: WidthOf | None, channels: Sequence[int]) -> Callable[..., Iterator[Sample]]:
-    def make(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
-        g = torch.Generator().manual_seed(seed)
-        shapes = (("zero", 0, 3, 4), ("one", 1, 2, 1), ("odd", 7, 5, 3), ("block", 128, 3, 128), ("skipped", 4, 4, 16))
-        for channel in channels:
-            for name, rows, blocks, per_block in shapes:
-                # magnitudes from subnormal scales to beyond the e4m3 range; a zero row takes the floor of the scale
-                values = torch.randn(rows, channel, generator=g) * torch.logspace(-5, 4, rows or 1)[:rows, None]
-                values[2:3] = 0
-                slots = (torch.randperm((blocks - 1) * per_block, generator=g)[:rows]) + per_block
-                slots[1::3] = -1
-                if name == "skipped":
-                    slots[:] = -1
-                width, kwargs = width_of(channel) if width_of else (channel, {})
-                if width_of:
-                    cache = torch.randint(0, 256, (blocks, per_block, width), generator=g, dtype=torch.uint8)
-                else:
-                    cache = torch.randn(blocks, per_block, width, generator=g).to(dtype)
-                yield Sample(f"{name}-{channel}", (cache, values.to(dtype), slots), kwargs, (name,))
-
-    return make
-
-
-def _errors(width: int, channels: int, plain: bool, extra: Extra = ()) -> Callable[..., Any]:
-    def make(dtype: torch.dtype) -> Iterator[WrongInput]:
-        rows, slots = torch.zeros(2, channels, dtype=dtype), torch.tensor([1, -1])
-        cache = torch.zeros(2, 4, width, dtype=dtype if plain else torch.uint8)
-        yield WrongInput("cache-width", (cache[:, :, 1:], rows, slots), {}, rf"expected \[blocks, P, {width}\]")
-        yield WrongInput("cache-type", (cache.to(torch.int16), rows, slots), {}, r"cache is torch.int16, expected")
-        yield WrongInput("slot-type", (cache, rows, slots.int()), {}, r"slots are torch.int32 \(2,\), expected torch.int64")
-        yield WrongInput("slot-count", (cache, rows, slots[:1]), {}, r"expected torch.int64 \(2,\), one per row")
-        yield WrongInput("rows-type", (cache, rows.int(), slots), {}, r"rows are torch.int32")
-        for name, count, kwargs, match in extra:
-            yield WrongInput(name, (cache, rows[:, :count], slots), kwargs, match)
-
-    return make
-
-
 def _cost(cache: Tensor, rows: Tensor, slots: Tensor, *, rope_dim: int = 64) -> Cost:
     packed = cache.dtype == torch.uint8
     written = rows.shape[0] * cache.shape[2] * cache.element_size()
@@ -273,25 +232,27 @@ def _fp8_width(channels: int) -> tuple[int, dict[str, Any]]:
     return sum(fp8_row_parts(channels, rope_dim)), {"rope_dim": rope_dim}
 
 
-cache_insert = _insert("cache_insert", _cache_insert, _cache_insert_meta, _samples(None, (512, 7)), _errors(8, 8, True))
+cache_insert = _insert(
+    "cache_insert", _cache_insert, _cache_insert_meta, insert_samples(None, (512, 7)), insert_errors(8, 8, True)
+)
 cache_insert_fp8 = _insert(
     "cache_insert_fp8",
     _cache_insert_fp8,
     _cache_insert_fp8_meta,
-    _samples(_fp8_width, (512, 80, 40)),
-    _errors(584, 512, False, [("all-rotary", 64, {}, r"rope_dim is 64, expected 0\.\.63")]),
+    insert_samples(_fp8_width, (512, 80, 40)),
+    insert_errors(584, 512, False, [("all-rotary", 64, {}, r"rope_dim is 64, expected 0\.\.63")]),
 )
 index_insert_fp8 = _insert(
     "index_insert_fp8",
     _index_insert_fp8,
     _index_insert_fp8_meta,
-    _samples(lambda d: (d + 4, {}), (128, 32)),
-    _errors(132, 128, False),
+    insert_samples(lambda d: (d + 4, {}), (128, 32)),
+    insert_errors(132, 128, False),
 )
 index_insert_fp4 = _insert(
     "index_insert_fp4",
     _index_insert_fp4,
     _index_insert_fp4_meta,
-    _samples(lambda d: (d // 2 + d // FP4_GROUP, {}), (128, 32)),
-    _errors(68, 128, False, [("groups", 40, {}, r"rows have 40 channels, expected a multiple of 32")]),
+    insert_samples(lambda d: (d // 2 + d // FP4_GROUP, {}), (128, 32)),
+    insert_errors(68, 128, False, [("groups", 40, {}, r"rows have 40 channels, expected a multiple of 32")]),
 )

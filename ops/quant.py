@@ -7,12 +7,12 @@ FP4 codes are in ops/quant_fp4.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops.contract import Contract, Cost, Sample, WrongInput, tensors_bytes
+from ops.quant_samples import roundtrip_samples, value_errors, value_samples, values
 
 FP8_MAX = 448.0
 MXFP8_FLOOR = 448.0 * 2.0**-126
@@ -75,43 +75,6 @@ def _fp8_meta(x_TK: Tensor, *, group: int = 128, floor: float = 1e-4) -> tuple[T
     )
 
 
-def values(dtype: torch.dtype, seed: int, width: int = 128) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
-    """Inputs whose quantisation is delicate: ties, powers of two, denormals, outliers, zeros, odd and real widths."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = {"zero": (0, width), "one": (1, width), "odd": (3, width + 32), "flash": (2, 4096), "pro": (1, 7168)}
-    for name, shape in shapes.items():
-        yield f"{name}-unit", torch.randn(shape, generator=g).to(dtype), (name, "unit")
-        yield f"{name}-tiny", (torch.randn(shape, generator=g) * 2e-3).to(dtype), (name, "tiny")
-    yield "huge", (torch.randn(4, width, generator=g) * 3e4).to(dtype), ("huge",)
-    yield "zeros", torch.zeros(2, width, dtype=dtype), ("constant",)
-    yield "denormal", torch.full((1, width), 2.0**-130).to(dtype), ("denormal",)
-    outliers = torch.randn(4, width, generator=g)
-    outliers[:, ::17] *= 300
-    yield "outliers", outliers.to(dtype), ("outliers",)
-    yield "powers", torch.ldexp(torch.ones(2, width), torch.arange(width) % 20 - 10).to(dtype), ("powers",)
-    yield "boundary", torch.tensor([[448.0, 449.0, 0.7, 1.0] * (width // 4)] * 2).to(dtype), ("boundary",)
-
-
-def value_samples(**kwargs: Any) -> Any:
-    """A samples function over `values` with these keyword arguments."""
-
-    def samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
-        for name, x, tags in values(dtype, seed):
-            yield Sample(name, (x,), kwargs, tags)
-
-    return samples
-
-
-def value_errors(op: str, **kwargs: Any) -> Any:
-    """Wrong inputs common to the quantisers."""
-
-    def errors(dtype: torch.dtype) -> Iterator[WrongInput]:
-        integers = torch.zeros(2, 64, dtype=torch.int32)
-        yield WrongInput("integer", (integers,), kwargs, rf"{op}: x is torch.int32, expected float32")
-
-    return errors
-
-
 quant_fp8 = Contract(
     name="quant_fp8",
     reference=_quant_fp8,
@@ -149,7 +112,7 @@ def _dequant_meta(q: Tensor, scale: Tensor, *, group: int = 128, dtype: torch.dt
 def _dequant_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     for group in (128, 32):
         for name, x, tags in values(dtype, seed):
-            yield Sample(f"{name}-{group}", _quant_fp8(x, group=group), {"group": group, "dtype": dtype}, tags)
+            yield Sample(f"{name}-{group}", _quant_fp8(x, group=group, floor=MXFP8_FLOOR), {"group": group, "dtype": dtype}, tags)
 
 
 def _dequant_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
@@ -201,6 +164,14 @@ def _block_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     g = torch.Generator().manual_seed(seed)
     for name, n, k in (("zero", 0, 128), ("one", 128, 128), ("odd", 200, 72), ("flash", 512, 1024)):
         yield Sample(name, block_weight(n, k, g), {"dtype": dtype}, (name,))
+    w, _ = block_weight(384, 640, g)
+    exponent = torch.tensor([-110, -60, -30, -24, -20, -15, -1, 0, 1, 7, 15, 30, 60, 90, 110])
+    yield Sample(
+        "wide-scales", (w, e8m0_bytes(exponent[torch.randperm(15, generator=g)].view(3, 5))), {"dtype": dtype}, ("scales",)
+    )
+    every = torch.arange(256, dtype=torch.uint8)
+    finite = every[(every & 127) != 127].view(2, 127).view(torch.float8_e4m3fn)
+    yield Sample("every-code", (finite, e8m0_bytes(torch.tensor([[-3]]))), {"dtype": dtype}, ("codes",))
 
 
 def _block_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
@@ -278,7 +249,7 @@ roundtrip_fp8 = Contract(
     name="roundtrip_fp8",
     reference=_roundtrip_fp8,
     meta=_roundtrip_meta,
-    samples=value_samples(channels=64),
+    samples=roundtrip_samples,
     errors=_roundtrip_errors,
     bound=lambda x, *, group=64, channels, golden, found: (None,),
     cost=lambda x, *, group=64, channels: Cost(0, 4 * x.numel(), tensors_bytes(x), tensors_bytes(x), "fp32"),

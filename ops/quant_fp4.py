@@ -19,10 +19,8 @@ from ops.quant import (
     e8m0_values,
     grouped,
     power_of_two_exponent,
-    value_errors,
-    value_samples,
-    values,
 )
+from ops.quant_samples import value_errors, value_samples, values
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_FLOOR = 6.0 * 2.0**-126

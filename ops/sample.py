@@ -51,6 +51,14 @@ def _argmax_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
         yield Sample(name, (torch.randn(shape, generator=g).to(dtype),), {}, (name,))
     yield Sample("ties", (torch.randint(0, 3, (9, 40), generator=g).to(dtype),), {}, ("ties",))
     yield Sample("equal", (torch.zeros(2, 129, dtype=dtype),), {}, ("ties",))
+    yield Sample("negative", ((-0.5 - torch.rand(5, 100, generator=g)).to(dtype),), {}, ("negative",))
+    yield Sample("close", ((10 + 1e-3 * torch.randn(9, 300, generator=g)).to(dtype),), {}, ("close",))
+    masked = torch.randn(6, 70, generator=g).masked_fill(torch.rand(6, 70, generator=g) < 0.9, -torch.inf)
+    yield Sample("masked", (masked.to(dtype),), {}, ("masked",))
+    for vocab in (37, 129280):
+        late = torch.randn(2, vocab, generator=g)
+        late[0, -1], late[1, -2] = 9, 9
+        yield Sample(f"late-{vocab}", (late.to(dtype),), {}, ("late",))
 
 
 def _argmax_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
@@ -206,6 +214,16 @@ def _sample_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     ones, off = torch.ones(4), torch.zeros(4, dtype=torch.int32)
     uniform = torch.tensor([0.0, 0.3, 0.77, 0.9999])
     yield Sample("flat", (torch.zeros(4, 5000, dtype=dtype), ones, off, ones, uniform), {}, ("flat",))
+    logits, both = torch.randn(64, 40, generator=g).to(dtype), torch.full((64,), 8, dtype=torch.int32)
+    numbers = torch.rand(64, generator=g)
+    yield Sample("top-k-and-p", (logits, torch.full((64,), 1.7), both, torch.full((64,), 0.8), numbers), {}, ("both",))
+    # numbers just beside the border between two tokens, where coarse probabilities choose the other one
+    logits = torch.randn(64, 50, generator=g).to(dtype)
+    ends = logits.double().sort(descending=True, stable=True).values.softmax(-1).cumsum(-1)
+    borders = ends[torch.arange(64), torch.randint(0, 30, (64,), generator=g)] + 3e-5 * torch.randn(64, generator=g).sign()
+    yield Sample(
+        "borders", (logits, torch.ones(64), torch.zeros(64, dtype=torch.int32), torch.ones(64), borders.float()), {}, ("borders",)
+    )
     yield Sample("cold", (torch.randn(4, 300, generator=g).to(dtype), ones * 1e-30, off, ones, uniform), {}, ("cold",))
 
 

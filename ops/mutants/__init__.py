@@ -7,7 +7,26 @@ from ops.mutants.plant import Plant
 
 __all__ = ["FAMILIES", "LEGAL", "MUTANTS", "Plant", "Variant", "rounded_reference", "samples_by_size"]
 
-FAMILIES = ("attention", "compress", "experts", "gate", "generic", "hyper", "indexer", "linear", "linear_stored", "moe", "norm", "rope")
+FAMILIES = (
+    "attention",
+    "cache",
+    "cache_packed",
+    "compress",
+    "experts",
+    "gate",
+    "generic",
+    "hyper",
+    "indexer",
+    "linear",
+    "linear_stored",
+    "moe",
+    "norm",
+    "quant",
+    "quant_codes",
+    "quant_int8",
+    "rope",
+    "sample",
+)
 """Modules of this package that declare variants."""
 
 for _family in FAMILIES:

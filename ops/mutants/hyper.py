@@ -113,6 +113,12 @@ def _mixed(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return post[:, :, None] * y[:, None] + comb.transpose(1, 2) @ x
 
 
+def _in_place(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    for k in range(x.shape[1]):
+        x[:, k] = post[:, k, None] * y + (comb[:, :, k, None] * x).sum(1)
+    return x
+
+
 mutant("hc_post", "comb_transposed", "comb is contracted over its second index")(
     _post(lambda y, x, post, comb: post[:, :, None] * y[:, None] + comb @ x)
 )
@@ -130,6 +136,15 @@ mutant("hc_post", "comb_bf16", "comb is rounded to bf16 before the mix")(
 )
 mutant("hc_post", "mix_bf16", "the mixed streams are rounded to bf16 before the output is added", dtypes=(torch.float32,))(
     _post(lambda y, x, post, comb: post[:, :, None] * y[:, None] + (comb.transpose(1, 2) @ x).to(_LOW).float())
+)
+mutant("hc_post", "output_of_next_token", "each token gets the sublayer's output of the next one")(
+    _post(lambda y, x, post, comb: _mixed(y.roll(-1, 0), x, post, comb))
+)
+mutant("hc_post", "post_of_next_stream", "each stream takes the weight of the next one")(
+    _post(lambda y, x, post, comb: _mixed(y, x, post.roll(-1, 1), comb))
+)
+mutant("hc_post", "in_place", "streams that are written already enter the mix of those behind them")(
+    _post(lambda y, x, post, comb: _in_place(y, x.clone(), post, comb))
 )
 mutant("hc_post", "post_of_first_stream", "all streams take the weight of the first")(
     _post(lambda y, x, post, comb: _mixed(y, x, post[:, :1].expand_as(post), comb))

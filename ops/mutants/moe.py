@@ -105,6 +105,10 @@ def _counting(call: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, nu
     return x_TD[order // max(ids_TK.shape[1], 1)], weights_TK.flatten()[order], counts, order.to(torch.int32)
 
 
+legal(_DISPATCH, "by_key", "sorted by one number made of expert and flat index")(
+    _ordered(lambda ids: (ids * max(len(ids), 1) + torch.arange(len(ids))).argsort())
+)
+
 # ---- moe_combine ----------------------------------------------------------------------------------------------------
 
 
