@@ -152,7 +152,7 @@ grouped_experts_fp4 = Contract(
     errors=_grouped_experts_fp4_errors,
     bound=_fp4_bound,
     cost=_packed_cost,
-    rms_share=0.5,  # a code that flips moves a whole row of outputs: few errors, and large ones
+    rms_share=1.0,  # where one code alone is uncertain, its flip takes the whole bound of a row
 )
 
 
@@ -282,5 +282,5 @@ grouped_experts_fp8 = Contract(
     errors=_grouped_experts_fp8_errors,
     bound=_fp8_bound,
     cost=_packed_cost,
-    rms_share=0.5,  # a code that flips moves a whole row of outputs: few errors, and large ones
+    rms_share=1.0,  # where one code alone is uncertain, its flip takes the whole bound of a row
 )
