@@ -35,12 +35,19 @@ void pool(const Stretch& at, long i, long ratio, long c, float* out) {
   for (const float* s : scores)
     for (long j = 0; j < c; ++j) top[j] = std::max(top[j], s[j]);
   std::fill(out, out + c, 0.0f);
-  for (size_t r = 0; r < scores.size(); ++r)
-    for (long j = 0; j < c; ++j) {
+  for (size_t r = 0; r < scores.size(); ++r) {
+    long j = 0;
+    for (; j + v4::kLanes <= c; j += v4::kLanes) {
+      const v4::Lanes weight = v4::exponential(v4::load(scores[r] + j) - v4::load(top.data() + j));
+      v4::store(sum.data() + j, v4::load(sum.data() + j) + weight);
+      v4::store(out + j, v4::load(out + j) + weight * v4::load(values[r] + j));
+    }
+    for (; j < c; ++j) {
       const float weight = std::exp(scores[r][j] - top[j]);
       sum[j] += weight;
       out[j] += weight * values[r][j];
     }
+  }
   for (long j = 0; j < c; ++j) out[j] /= sum[j];
 }
 

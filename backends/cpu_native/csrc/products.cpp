@@ -28,6 +28,20 @@ float swiglu(float gate, float up, float limit) {
   return g / (1.0f + std::exp(-g)) * u;
 }
 
+// h [n] = clamped swiglu of gate and up [n], times factor
+void swiglu_row(const float* gate, const float* up, float* h, long n, float limit, float factor) {
+  long i = 0;
+  for (; i + v4::kLanes <= n; i += v4::kLanes) {
+    const v4::Lanes most = v4::Lanes{} + limit;
+    v4::Lanes g = v4::load(gate + i), u = v4::load(up + i);
+    g = g > most ? most : g;
+    u = u > most ? most : (u < -most ? -most : u);
+    const v4::Lanes power = -g > 88.0f ? v4::Lanes{} + INFINITY : v4::exponential(-g);
+    v4::store(h + i, g / (power + 1.0f) * u * factor);
+  }
+  for (; i < n; ++i) h[i] = swiglu(gate[i], up[i], limit) * factor;
+}
+
 float gate_score(float logit) { return std::sqrt(logit > 20.0f ? logit : std::log1p(std::exp(logit))); }
 
 void score(const float* x, const float* w, float* scores, long experts, long d, int threads) {
@@ -74,11 +88,10 @@ int v4_moe(const float* x, const int32_t* ids, const float* weights, const float
       hidden[r] = v4::dot(w13 + (ids[j] * 2 * width + row) * d, x + j / topk * d, d);
     }
   });
-  for (long j = 0; j < choices; ++j)
-    for (long i = 0; i < width; ++i) {
-      float* mine = hidden.data() + j * 2 * width;
-      mine[i] = swiglu(mine[i], mine[width + i], limit) * weights[j];
-    }
+  for (long j = 0; j < choices; ++j) {
+    float* mine = hidden.data() + j * 2 * width;
+    swiglu_row(mine, mine + width, mine, width, limit, weights[j]);
+  }
   v4::spread_rows(threads, choices * d, width, [&](long first, long end) {
     for (long r = first; r < end; ++r) {
       const long j = r / d;
@@ -94,11 +107,10 @@ int v4_moe(const float* x, const int32_t* ids, const float* weights, const float
 
 // h [T, I] = clamped swiglu of gate_up [T, 2I], times row_weight [T] where given
 void v4_swiglu(const float* gate_up, const float* row_weight, float* h, long tokens, long width, float limit) {
-  for (long t = 0; t < tokens; ++t)
-    for (long i = 0; i < width; ++i) {
-      const float value = swiglu(gate_up[2 * t * width + i], gate_up[(2 * t + 1) * width + i], limit);
-      h[t * width + i] = row_weight ? value * row_weight[t] : value;
-    }
+  for (long t = 0; t < tokens; ++t) {
+    const float* gate = gate_up + 2 * t * width;
+    swiglu_row(gate, gate + width, h + t * width, width, limit, row_weight ? row_weight[t] : 1.0f);
+  }
 }
 
 // weights and ids [T, K]: the K largest of score + bias, of equal ones the lowest number; NaN counts as the largest
