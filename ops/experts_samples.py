@@ -71,7 +71,7 @@ def sample_outliers(
     width, inner = 256, 256
     x, weight, counts_E = sample_rows(g, counts, width, torch.float32)
     w13, w2 = sample_dense(g, len(counts), width, inner, 2.0**-7)
-    x[:, 0] = 2.0**17
+    x[:, 0] = min(2.0**17, torch.finfo(dtype).max)
     w13[:, :, 0] *= 2.0**-24
     for first in (0, inner):
         w13[:, first : first + 32] *= 2.0**10

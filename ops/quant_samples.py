@@ -33,6 +33,8 @@ def _exact(g: torch.Generator, every: int, dtype: torch.dtype) -> Tensor:
         for step in (-1, 0, 1):
             # far from 1, where an fp32 logarithm can not tell neighbours apart
             binade = int(torch.randint(8, 13, (), generator=g)) * (-1 if torch.rand((), generator=g) < 0.5 else 1)
+            if largest * 2.0**binade > torch.finfo(dtype).max / 2:
+                binade = -binade
             top = torch.tensor(largest * 2.0**binade, dtype=dtype)
             x = (_wide(g, 256) * float(top) * 0.9).to(dtype)
             x[every - 1 :: every] = _beside(top[None], step) * torch.randn(256 // every, generator=g).sign().to(dtype)
@@ -58,7 +60,8 @@ def delicate(dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Tensor, tuple
     yield "signed-zeros", signed.to(dtype), ("signed-zeros",)
     for name, shape in (("groups", (4, 512)), ("groups-tail", (3, 160))):
         size = torch.exp2(torch.randint(-20, 21, (shape[0], shape[1] // 32), generator=g).float())
-        yield name, (_wide(g, *shape) * size.repeat_interleave(32, 1)).to(dtype), ("groups",)
+        most = torch.finfo(dtype).max / 2  # codes are rounded up too
+        yield name, (_wide(g, *shape) * size.repeat_interleave(32, 1)).clamp(-most, most).to(dtype), ("groups",)
 
 
 def values(dtype: torch.dtype, seed: int, width: int = 128) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
@@ -68,7 +71,8 @@ def values(dtype: torch.dtype, seed: int, width: int = 128) -> Iterator[tuple[st
     for name, shape in shapes.items():
         yield f"{name}-unit", torch.randn(shape, generator=g).to(dtype), (name, "unit")
         yield f"{name}-tiny", (torch.randn(shape, generator=g) * 2e-3).to(dtype), (name, "tiny")
-    yield "huge", (torch.randn(4, width, generator=g) * 3e4).to(dtype), ("huge",)
+    most = torch.finfo(dtype).max / 2
+    yield "huge", (torch.randn(4, width, generator=g) * 3e4).clamp(-most, most).to(dtype), ("huge",)
     yield "zeros", torch.zeros(2, width, dtype=dtype), ("constant",)
     yield "denormal", torch.full((1, width), 2.0**-130).to(dtype), ("denormal",)
     outliers = torch.randn(4, width, generator=g)

@@ -184,12 +184,13 @@ def _split(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _tree(x: Tensor, w: Tensor) -> Tensor:
-    """Products rounded one by one, then added in pairs of pairs."""
-    terms = x[:, None] * w
-    while terms.shape[-1] > 1:
-        h = (terms.shape[-1] + 1) // 2
-        terms = terms[..., :h] + torch.nn.functional.pad(terms[..., h:], (0, 2 * h - terms.shape[-1]))
-    return terms[..., 0]
+    """64 parts of K by themselves, added in pairs of pairs."""
+    pad = (0, -x.shape[1] % 64)
+    parts = [torch.nn.functional.pad(t, pad).unflatten(1, (64, -1)).transpose(0, 1) for t in (x, w)]
+    sums = parts[0] @ parts[1].mT
+    while len(sums) > 1:
+        sums = sums[0::2] + sums[1::2]
+    return sums[0]
 
 
 def _lanes(x: Tensor, w: Tensor) -> Tensor:
@@ -199,6 +200,6 @@ def _lanes(x: Tensor, w: Tensor) -> Tensor:
 _everywhere(legal, "channels_reversed", "products summed in the other order", lambda x, w: x.flip(1) @ w.flip(1).T)
 _everywhere(legal, "split_k", "three parts of K by themselves, added in fp32", _split)
 _everywhere(legal, "tiles", "tiles of 16 channels added one after the other in fp32", _running(16, lambda t: t))
-_everywhere(legal, "tree", "products rounded by themselves, added in pairs of pairs", _tree)
+_everywhere(legal, "tree", "64 parts of K by themselves, added in pairs of pairs", _tree)
 _everywhere(legal, "lanes", "eight interleaved sums, added at the end", _lanes)
 _everywhere(legal, "fp64", "summed in float64 and rounded once", lambda x, w: x.double() @ w.double().T)
