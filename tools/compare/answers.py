@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
 
-from v4.tokenizer import Tokenizer
-
-Key = int | str
-"""A token: its id, or its text where the server gives no ids."""
+from tools.compare.names import REPLACEMENT, Key, Names, from_vocabulary, named
 
 _ID = "token_id:"
-_BYTES = "bytes:"
 # rounding of a probability close to one may leave a tiny positive value; anything above is no log-probability
 _ABOVE_ZERO = 1e-2
+# JSON has no infinity: servers write this number instead
+_MINUS_INFINITY = -9999.0
+_EXCERPT = 200
 
 
 class Unsuitable(ValueError):
@@ -34,80 +33,48 @@ class Entry:
     top: Mapping[Key, float] = field(default_factory=dict)
 
 
-class Names:
-    """Ids of token texts, and whether a server's token is ours. Without a tokenizer only ids are understood.
-
-    vocabulary: ids that the model has, from 0.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None, vocabulary: int) -> None:
-        self._tokenizer, self._vocabulary = tokenizer, vocabulary
-        self._ids: dict[bytes, int | None] | None = None
-
-    def text(self, token: int) -> str:
-        """Text of one token; bytes that are no UTF-8 on their own become U+FFFD. The id itself where no tokenizer knows it."""
-        if self._tokenizer is None or not 0 <= token < self._tokenizer.vocab_size:
-            return f"{token}"
-        return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
-
-    def same(self, found: Key | None, token: int) -> bool:
-        """Whether the server's token may be `token`. A piece of a character has no text of its own: any text passes for it."""
-        if found is None or self._tokenizer is None:
-            return found is None or isinstance(found, str) or found == token
-        if isinstance(found, int) or token >= self._tokenizer.vocab_size:
-            return found == token or isinstance(found, str)
-        own = self._tokenizer.token_bytes(token)
-        if found.startswith(_BYTES):
-            return _unescaped(found) == own
-        try:
-            whole = own.decode("utf-8")
-        except UnicodeDecodeError:
-            return True
-        return found == whole or (found == "" and self._tokenizer.is_special(token))
-
-    def resolve(self, key: Key) -> int | None:
-        """The id of a token; None where its text does not belong to exactly one token, or the model has no such id."""
-        if isinstance(key, int):
-            return key if 0 <= key < self._vocabulary else None
-        if self._tokenizer is None:
-            return None
-        if self._ids is None:
-            self._ids = {}
-            for token in range(min(self._tokenizer.vocab_size, self._vocabulary)):
-                try:
-                    data = self._tokenizer.token_bytes(token)
-                except ValueError:
-                    # a vocabulary may have holes
-                    continue
-                self._ids[data] = None if data in self._ids else token
-        data = _unescaped(key) if key.startswith(_BYTES) else key.encode("utf-8", "surrogatepass")
-        return self._ids.get(data)
+def as_text(entries: Sequence[Entry], ids: Sequence[int], names: Names) -> list[Entry]:
+    """The entries with tokens named by their text, where the server names those of `ids` as its vocabulary does."""
+    if not any(names.as_in_vocabulary(entry.token, token) for entry, token in zip(entries, ids, strict=False)):
+        return list(entries)
+    return [
+        replace(
+            entry,
+            token=None if entry.token is None else from_vocabulary(entry.token),
+            top={from_vocabulary(name): number for name, number in entry.top.items()},
+        )
+        for entry in entries
+    ]
 
 
-def _unescaped(text: str) -> bytes:
-    # OpenAI's form of a token that is no text: bytes:\xe4\xbd
-    try:
-        return text.removeprefix(_BYTES).encode("ascii").decode("unicode_escape").encode("latin-1")
-    except UnicodeError:
-        return text.encode("utf-8", "surrogatepass")
+def _is_id(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _key(text: object) -> Key | None:
-    if not isinstance(text, str):
-        return None
-    if text.startswith(_ID) and text[len(_ID) :].isdigit():
-        return int(text[len(_ID) :])
-    return text
+def _key(token: object) -> Key | None:
+    if not isinstance(token, str):
+        return token if _is_id(token) else None
+    number = token.removeprefix(_ID)
+    return int(number) if number != token and _is_decimal(number) else token
+
+
+def _is_decimal(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
 
 
 def _number(value: object, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Unsuitable(f"{where} is {value!r}, expected a number or null")
+        raise Unsuitable(f"{where} is {_brief(value)}, expected a number or null")
     if value > _ABOVE_ZERO:
-        raise Unsuitable(f"{where} is {value}, expected a log-probability (at most 0)")
-    return -math.inf if value == -math.inf else float(value)
+        raise Unsuitable(f"{where} is {_brief(value)}, expected a log-probability (at most 0)")
+    return -math.inf if value <= _MINUS_INFINITY else float(value)
 
 
 def _list(value: object, where: str) -> list[Any]:
@@ -119,17 +86,21 @@ def _list(value: object, where: str) -> list[Any]:
 def _choice(body: object) -> Mapping[str, Any]:
     choices = body.get("choices") if isinstance(body, Mapping) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
-        found = sorted(body) if isinstance(body, Mapping) else type(body).__name__
+        # some servers send their errors with status 200
+        told = (body.get("error") or body.get("message")) if isinstance(body, Mapping) else None
+        found = _brief(told or sorted(body)) if isinstance(body, Mapping) else type(body).__name__
         raise Unsuitable(f"the answer has no choices (found {found})")
     return choices[0]
 
 
-def _top(value: object, where: str) -> dict[Key, float]:
+def _top(value: object, where: str, *, numbered: bool = False) -> dict[Key, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise Unsuitable(f"{where} is a {type(value).__name__}, expected an object of token and log-probability")
-    pairs = ((_key(text), _number(number, where)) for text, number in value.items())
+    pairs = (
+        (_key(int(text) if numbered and _is_decimal(text) else text), _number(number, where)) for text, number in value.items()
+    )
     return {key: number for key, number in pairs if key is not None and number is not None}
 
 
@@ -149,11 +120,13 @@ def completion(body: object) -> list[Entry]:
             raise Unsuitable(f"logprobs.{name} has {size} entries, expected {len(values)} as in token_logprobs")
     told = choice.get("prompt_token_ids")
     ids = told if isinstance(told, list) else []
+    # names of an object are texts in JSON, also where the server's tokens are numbers
+    numbered = any(map(_is_id, tokens))
     return [
         Entry(
-            ids[i] if i < len(ids) and isinstance(ids[i], int) else _key(tokens[i]),
+            ids[i] if i < len(ids) and _is_id(ids[i]) else _key(tokens[i]),
             _number(values[i], f"token_logprobs[{i}]"),
-            _top(tops[i], f"top_logprobs[{i}]"),
+            _top(tops[i], f"top_logprobs[{i}]", numbered=numbered),
         )
         for i in range(len(values))
     ]
@@ -164,18 +137,27 @@ def _content(row: object, i: int) -> Entry:
         raise Unsuitable(f"logprobs.content[{i}] is a {type(row).__name__}, expected an object")
 
     def key(of: Mapping[str, Any]) -> Key | None:
-        return of["id"] if isinstance(of.get("id"), int) else _key(of.get("token"))
+        name = of["id"] if _is_id(of.get("id")) else _key(of.get("token"))
+        data = of.get("bytes")
+        # the text of a piece of a character is lost, its bytes are not
+        return named(bytes(data)) if isinstance(name, str) and REPLACEMENT in name and _is_bytes(data) else name
 
-    others = [other for other in row.get("top_logprobs") or [] if isinstance(other, Mapping)]
+    rows = _list(row.get("top_logprobs") or [], f"content[{i}].top_logprobs")
+    others = [other for other in rows if isinstance(other, Mapping)]
     pairs = ((key(other), _number(other.get("logprob"), f"content[{i}].top_logprobs")) for other in others)
     top = {name: number for name, number in pairs if name is not None and number is not None}
     return Entry(key(row), _number(row.get("logprob"), f"content[{i}].logprob"), top)
 
 
+def _is_bytes(data: object) -> TypeGuard[list[int]]:
+    return isinstance(data, list) and bool(data) and all(_is_id(byte) and 0 <= byte < 256 for byte in data)
+
+
 def prompt_logprobs(body: object, ids: Sequence[int]) -> list[Entry]:
     """Entries of vLLM's `prompt_logprobs`: per token null or {id: {logprob, rank, decoded_token}}. Unsuitable when absent.
 
-    The rows do not say which of their tokens is the prompt's: `ids` do, where the row has them.
+    The rows do not say which of their tokens is the prompt's: it is the one of `ids` where there are as many rows and the row has it,
+    else the row's first.
     """
     choice = _choice(body)
     found = choice.get("prompt_logprobs")
@@ -183,24 +165,27 @@ def prompt_logprobs(body: object, ids: Sequence[int]) -> list[Entry]:
         found = body.get("prompt_logprobs")
     rows = _list(found, "prompt_logprobs")
     told = choice.get("prompt_token_ids")
+    ours = ids if len(rows) == len(ids) else ()
     entries: list[Entry] = []
     for i, row in enumerate(rows):
         where = f"prompt_logprobs[{i}]"
-        token = told[i] if isinstance(told, list) and i < len(told) and isinstance(told[i], int) else None
-        if row is None:
+        token = told[i] if isinstance(told, list) and i < len(told) and _is_id(told[i]) else None
+        if row is None or row == {}:
             entries.append(Entry(token))
             continue
         if not isinstance(row, Mapping):
             raise Unsuitable(f"{where} is a {type(row).__name__}, expected an object of token id and log-probability")
-        top: dict[Key, float] = {}
-        for name, value in row.items():
-            number = _number(value.get("logprob") if isinstance(value, Mapping) else value, where)
-            if name.isdigit() and number is not None:
-                top[int(name)] = number
-        if token is None and i < len(ids):
+        numbers = {
+            int(name): _number(value.get("logprob") if isinstance(value, Mapping) else value, where)
+            for name, value in row.items()
+            if _is_decimal(name)
+        }
+        if not numbers:
+            raise Unsuitable(f"{where} has the tokens {_brief(list(row))}, expected ids")
+        if token is None:
             # a row always holds the prompt's own token: without ours, the server read another one
-            token = ids[i] if ids[i] in top else next(iter(top), -1)
-        entries.append(Entry(token, None if token is None else top.get(token), top))
+            token = ids[i] if i < len(ours) and ids[i] in numbers else next(iter(numbers))
+        entries.append(Entry(token, numbers.get(token), {name: number for name, number in numbers.items() if number is not None}))
     return entries
 
 
@@ -210,16 +195,17 @@ def native(body: object) -> list[Entry]:
     if not isinstance(meta, Mapping):
         raise Unsuitable("the answer has no meta_info")
     rows = _list(meta.get("input_token_logprobs"), "meta_info.input_token_logprobs")
-    tops = meta.get("input_top_logprobs") or [None] * len(rows)
+    tops = _list(meta.get("input_top_logprobs") or [], "meta_info.input_top_logprobs")
 
     def triple(row: object, where: str) -> tuple[float | None, int]:
-        if not isinstance(row, list) or len(row) < 2 or not isinstance(row[1], int):
-            raise Unsuitable(f"{where} is {row!r}, expected [log-probability, id, text]")
+        if not isinstance(row, list) or len(row) < 2 or not _is_id(row[1]):
+            raise Unsuitable(f"{where} is {_brief(row)}, expected [log-probability, id, text]")
         return _number(row[0], where), row[1]
 
     entries = []
     for i, row in enumerate(rows):
         value, token = triple(row, f"input_token_logprobs[{i}]")
-        others = [triple(other, f"input_top_logprobs[{i}]") for other in (tops[i] if i < len(tops) else None) or []]
+        here = _list((tops[i] if i < len(tops) else None) or [], f"input_top_logprobs[{i}]")
+        others = [triple(other, f"input_top_logprobs[{i}]") for other in here]
         entries.append(Entry(token, value, {other: number for number, other in others if number is not None}))
     return entries

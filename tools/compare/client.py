@@ -1,8 +1,12 @@
-"""HTTP to an OpenAI-compatible endpoint: JSON in and out, retries, deadlines. No redirects, and the key never leaves the header."""
+"""HTTP to an OpenAI-compatible endpoint: JSON in and out, retries, deadlines. No redirects, and the key never leaves the header.
+
+Proxies of the environment are used as by any urllib program, but not for this machine itself, which no proxy can reach.
+"""
 
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import math
 import os
@@ -11,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 RETRIED = (429, 502, 503, 504)
@@ -21,6 +25,10 @@ _EXCERPT = 300
 
 class EndpointError(ValueError):
     """The endpoint can not be used: unreachable, refuses the key, no JSON, or it died. The message says what came back."""
+
+
+class Unreachable(EndpointError):
+    """The endpoint gave no complete answer, or was too busy to, at every try."""
 
 
 class Refused(ValueError):
@@ -48,14 +56,24 @@ def base_url(given: str) -> str:
         sound = False
     if not sound:
         raise ValueError("--against: found no http(s) URL, expected one such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
+    if "@" in parts.netloc or parts.query or parts.fragment:
         # not quoted in the message: it may hold a secret
         raise ValueError(
             "--against: found a URL with user, password, query or fragment, expected http(s)://host[:port][/path]; "
             "give the key in an environment variable with --api-key-env VAR"
         )
+    if not given.isascii() or not given.isprintable() or " " in given:
+        raise ValueError(f"--against: found {given!r}, expected printable ASCII without spaces; write others as %XX or punycode")
     path = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/chat") or "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _is_this_machine(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def key_from(variable: str | None) -> str | None:
@@ -72,7 +90,11 @@ def key_from(variable: str | None) -> str | None:
 
 @dataclass
 class Client:
-    """One endpoint. `url` is the base (.../v1); `timeout` seconds bound a whole request; `retries` follow the first try."""
+    """One endpoint. `url` is the base (.../v1); `retries` follow the first try.
+
+    `timeout`: seconds in which an answer must be complete; one that still arrives then is given up at its next pause, at the latest
+    after as long again.
+    """
 
     url: str
     key: str | None = field(default=None, repr=False)
@@ -85,7 +107,8 @@ class Client:
             raise ValueError(f"--timeout: found {self.timeout}, expected seconds above 0")
         if self.retries < 0:
             raise ValueError(f"--retries: found {self.retries}, expected 0 or more")
-        self._open = urllib.request.build_opener(_NoRedirect).open
+        direct = [urllib.request.ProxyHandler({})] if _is_this_machine(self.url) else []
+        self._open = urllib.request.build_opener(_NoRedirect, *direct).open
 
     @property
     def root(self) -> str:
@@ -117,19 +140,20 @@ class Client:
                     if last:
                         if error.code == 500:
                             raise self._status(url, error) from None
-                        raise EndpointError(f"{url}: HTTP {error.code} {self._tried()}: {self._body(error)}") from None
+                        raise Unreachable(f"{url}: HTTP {error.code} {self._tried()}: {self._body(error)}") from None
                     pause = _retry_after(error.headers.get("Retry-After"), pause)
             except TimeoutError:
                 if last:
-                    raise EndpointError(
+                    raise Unreachable(
                         f"{url}: no complete answer within {self.timeout:g} s {self._tried()}; raise --timeout"
                     ) from None
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(getattr(error, "reason", None), TimeoutError):
-                    error = OSError(f"no connection within {self.timeout:g} s")
+                    error = urllib.error.URLError(f"no connection within {self.timeout:g} s")
                 if last:
-                    reason = self._hide(str(getattr(error, "reason", None) or error) or type(error).__name__)
-                    raise EndpointError(f"{url}: not reachable {self._tried()}: {reason}; is the server up?") from None
+                    reason = self.hide(str(getattr(error, "reason", None) or error) or type(error).__name__)
+                    what = "not reachable" if isinstance(error, urllib.error.URLError) else "the connection broke"
+                    raise Unreachable(f"{url}: {what} {self._tried()}: {reason}; is the server up?") from None
             self.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -149,8 +173,8 @@ class Client:
     def _parse(self, url: str, data: bytes) -> Any:
         try:
             return json.loads(data)
-        except ValueError as error:
-            text = self._hide(data[:_EXCERPT].decode("utf-8", "replace"))
+        except (ValueError, RecursionError) as error:
+            text = self.hide(data.decode("utf-8", "replace"))[:_EXCERPT]
             raise EndpointError(f"{url}: the answer is not JSON ({error}): {text!r}; is this an OpenAI-compatible API?") from None
 
     def _status(self, url: str, error: urllib.error.HTTPError) -> ValueError:
@@ -158,7 +182,7 @@ class Client:
             hint = "check the key" if self.key else "give a key with --api-key-env VAR"
             return EndpointError(f"{url}: HTTP {error.code}, {hint}: {self._body(error)}")
         if 300 <= error.code < 400:
-            target = self._hide(str(error.headers.get("Location")))
+            target = self.hide(str(error.headers.get("Location")))
             return EndpointError(f"{url}: HTTP {error.code}, redirects to {target}; give the final URL with --against")
         return Refused(error.code, self._body(error))
 
@@ -167,26 +191,31 @@ class Client:
             text = error.read(65536).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             return "(its body could not be read)"
-        text = " ".join(self._hide(text).split())
+        text = " ".join(self.hide(text).split())
         return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
 
-    def _hide(self, text: str) -> str:
-        # servers like to quote the header that they refuse
+    def hide(self, text: str) -> str:
+        """The text without the key: servers like to quote the header that they refuse."""
         return text.replace(self.key, "***") if self.key else text
 
 
-def _read(response: IO[bytes], deadline: float) -> bytes:
-    # the socket's timeout bounds one read only: a server that trickles would never end
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    # the socket's timeout bounds one read of the socket, and read() makes as many as it takes to fill its buffer: a server that
+    # trickles would never end. read1() makes one, and does not complain about a body that ends early
     parts: list[bytes] = []
-    while part := response.read(1 << 16):
+    while part := response.read1(1 << 16):
         parts.append(part)
         if time.monotonic() > deadline:
             raise TimeoutError
-    return b"".join(parts)
+    data, announced = b"".join(parts), response.headers.get("Content-Length", "")
+    if announced.isdecimal() and len(data) < int(announced) and not response.chunked:
+        raise http.client.IncompleteRead(data, int(announced) - len(data))
+    return data
 
 
 def _retry_after(header: str | None, otherwise: float) -> float:
     try:
-        return min(max(float(header or ""), 0.0), MAX_PAUSE)
+        seconds = float(header or "")
     except ValueError:
         return otherwise
+    return otherwise if math.isnan(seconds) else min(max(seconds, 0.0), MAX_PAUSE)

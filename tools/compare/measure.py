@@ -6,11 +6,11 @@ A difference is theirs minus ours, in nat. Positions count from 0, the prompt's 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tools.compare.answers import Names
+from tools.compare.names import Names
 from tools.compare.prompts import Prompt
 from tools.compare.scoring import Score
 from tools.compare.ways import Answer
@@ -24,8 +24,10 @@ class Result:
     """One prompt's comparison.
 
     tokens: those that can be compared (all but the first). compared: those whose log-probability the endpoint gave. unaligned: after
-    the server's tokens stopped being ours, and so not compared. missing: the rest. first: the first token beyond the threshold (or
-    not finite); worst: the largest difference and worst_position where. top1_*: the likeliest token, where the endpoint returned
+    the server's tokens stopped being ours, and so not compared. missing: the rest; missing_first: the first of them, where the
+    endpoint was asked for all, because servers write null for what is no number. first: the first token beyond the threshold (or not
+    finite); not_finite: tokens at which a log-probability is NaN, or the token's own is minus infinity. worst: the largest
+    difference and worst_position where. top1_*: the likeliest token, where the endpoint returned
     others; a disagreement counts only when our likeliest leads the second by more than the threshold. kl_*: divergence of theirs
     from ours over the returned tokens and one bucket for all others, a lower bound of the whole. tokenisation: first token that the
     server reads otherwise. noise_*: our own two dtypes against each other.
@@ -35,6 +37,7 @@ class Result:
     tokens: int
     compared: int = 0
     missing: int = 0
+    missing_first: int | None = None
     unaligned: int = 0
     first: int | None = None
     first_token: str | None = None
@@ -60,7 +63,8 @@ class Result:
     @property
     def begins(self) -> int | None:
         """The first position at which anything is beyond the threshold, None when nothing is."""
-        places = [self.first, self.top1_first, self.tokenisation["position"] if self.tokenisation else None]
+        tokenisation = self.tokenisation["position"] if self.tokenisation else None
+        places = [self.first, self.top1_first, self.missing_first, tokenisation]
         return min((place for place in places if place is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,8 +86,7 @@ def measure(
     """Compare one answer with our scores (of tokens 1, 2, ...). top: `named_ids` of the answer. threshold: in nat."""
     result = Result(prompt.id, len(prompt.ids) - 1, ids=list(prompt.ids), ours=[None], theirs=[None])
     if answer.departure is not None:
-        position, ours, theirs = answer.departure
-        result.tokenisation = {"position": position, "ours": ours, "theirs": theirs}
+        result.tokenisation = dict(zip(("position", "ours", "theirs"), answer.departure, strict=True))
     differences: list[float] = []
     divergences: list[float] = []
     for position, own in enumerate(scores, 1):
@@ -93,18 +96,22 @@ def measure(
             result.unaligned += 1
             continue
         entry = answer.entries[position]
-        if top[position]:
+        broken = any(map(math.isnan, top[position].values()))
+        if top[position] and not broken:
             _compare_top(result, position, own, top[position], complete=len(top[position]) == len(entry.top), threshold=threshold)
             if math.isfinite(sum(top[position].values())):
                 divergences.append(divergence(own.asked, top[position]))
-        if entry.logprob is None:
+        theirs = math.nan if broken else entry.logprob
+        if theirs is None:
             result.missing += 1
+            if answer.whole and result.missing_first is None:
+                result.missing_first = position
             continue
         result.compared += 1
-        difference = entry.logprob - own.logprob
+        difference = theirs - own.logprob
         finite = math.isfinite(difference)
         if finite:
-            result.theirs[position] = entry.logprob
+            result.theirs[position] = theirs
             differences.append(abs(difference))
             if result.worst is None or abs(difference) > abs(result.worst):
                 result.worst, result.worst_position = difference, position
@@ -112,7 +119,7 @@ def measure(
             result.not_finite += 1
         if result.first is None and not abs(difference) <= threshold:
             result.first, result.first_token = position, names.text(prompt.ids[position])
-            result.first_ours, result.first_theirs = own.logprob, entry.logprob if finite else None
+            result.first_ours, result.first_theirs = own.logprob, result.theirs[position]
     result.mean_abs = sum(differences) / len(differences) if differences else None
     if divergences:
         result.kl_positions = len(divergences)
@@ -149,20 +156,23 @@ def add_noise(result: Result, other: Sequence[float]) -> None:
     result.noise_mean, result.noise_max = sum(apart) / len(apart), max(apart)
 
 
-def summary(results: Sequence[Result]) -> dict[str, Any]:
+def summary(results: Sequence[Result], finished: bool) -> dict[str, Any]:
     """Totals over prompts: {prompts, tokens, compared, missing, unaligned, departing, earliest, worst, mean_abs, not_finite,
-    top1_compared, top1_disagreements, kl_mean, noise_mean, noise_max, within}."""
+    top1_compared, top1_disagreements, kl_mean, noise_mean, noise_max, within}.
+
+    within: false when a prompt departs, else true; None (no verdict) when none does, but not all prompts were `finished`, or no
+    log-probability was compared.
+    """
     compared = sum(r.compared for r in results)
     tokens = sum(r.tokens for r in results)
-    noisy = [r for r in results if r.noise_mean is not None]
     worst = max((r.worst for r in results if r.worst is not None), key=abs, default=None)
-    diverging = [r for r in results if r.kl_mean is not None]
-    finite = [r for r in results if r.mean_abs is not None]
     departing = [r for r in results if r.begins is not None]
+    verdict = True if finished and compared else None
 
-    def mean(rows: Sequence[Result], value: str, weight: str) -> float | None:
-        weights = sum(getattr(r, weight) for r in rows)
-        return sum(getattr(r, value) * getattr(r, weight) for r in rows) / weights if weights else None
+    def mean(pairs: Iterable[tuple[float | None, int]]) -> float | None:
+        known = [(value, weight) for value, weight in pairs if value is not None]
+        weights = sum(weight for _, weight in known)
+        return sum(value * weight for value, weight in known) / weights if weights else None
 
     return {
         "prompts": len(results),
@@ -173,12 +183,12 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         "departing": len(departing),
         "earliest": min((r.begins for r in departing if r.begins is not None), default=None),
         "worst": worst,
-        "mean_abs": mean(finite, "mean_abs", "compared"),
+        "mean_abs": mean((r.mean_abs, r.compared - r.not_finite) for r in results),
         "not_finite": sum(r.not_finite for r in results),
         "top1_compared": sum(r.top1_compared for r in results),
         "top1_disagreements": sum(r.top1_disagreements for r in results),
-        "kl_mean": mean(diverging, "kl_mean", "kl_positions"),
-        "noise_mean": mean(noisy, "noise_mean", "tokens"),
-        "noise_max": max((r.noise_max for r in noisy if r.noise_max is not None), default=None),
-        "within": not departing,
+        "kl_mean": mean((r.kl_mean, r.kl_positions) for r in results),
+        "noise_mean": mean((r.noise_mean, r.tokens) for r in results),
+        "noise_max": max((r.noise_max for r in results if r.noise_max is not None), default=None),
+        "within": False if departing else verdict,
     }

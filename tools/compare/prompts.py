@@ -44,7 +44,7 @@ class Reader:
         if count is not None and count < 1:
             raise ValueError(f"--limit: found {count}, expected at least 1")
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except OSError as error:
             raise ValueError(f"{file}: {error.strerror}; expected a .jsonl or .txt file of prompts") from None
         except UnicodeDecodeError as error:
@@ -84,7 +84,7 @@ class Reader:
             raise ValueError(f"{where}: found {len(prompt.ids)} tokens, expected at least 2 (the first has no log-probability)")
         if len(prompt.ids) > self.limit:
             raise ValueError(f"{where}: found {len(prompt.ids)} tokens, the model takes {self.limit}; shorten the prompt")
-        return Prompt(str(name), prompt.ids, prompt.text)
+        return Prompt(_sound(str(name), where), prompt.ids, prompt.text)
 
     def _from_ids(self, found: Any, where: str) -> Prompt:
         sound = isinstance(found, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in found)
@@ -112,7 +112,15 @@ class Reader:
                 text = encode(row["messages"], mode=mode, effort=row.get("effort"), texts=self.texts)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        return Prompt("", tuple(self.tokenizer.encode(text)), text)
+        return Prompt("", tuple(self.tokenizer.encode(_sound(text, where))), text)
+
+
+def _sound(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: found half of a surrogate pair (character {error.start}), expected Unicode text") from None
+    return text
 
 
 def _object(line: str, where: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from tools.compare.measure import Result, summary
 
 def as_dict(head: dict[str, Any], results: Sequence[Result], stopped: str | None) -> dict[str, Any]:
     """{model, endpoint, ... of `head`, prompts, summary, stopped}; `stopped`: why not all prompts were compared, or None."""
-    return {**head, "prompts": [r.to_dict() for r in results], "summary": summary(results), "stopped": stopped}
+    return {**head, "prompts": [r.to_dict() for r in results], "summary": summary(results, stopped is None), "stopped": stopped}
 
 
 def check_out(out: Path | None, overwrite: bool) -> None:
@@ -27,10 +28,21 @@ def check_out(out: Path | None, overwrite: bool) -> None:
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
-    """Write the report to `out`, whole or not at all: what an interrupted run leaves is the report of before."""
+    """Write the report to `out`, whole or not at all: what an interrupted run leaves is the report of before. ValueError when it
+    can not be written."""
     part = out.with_name(f"{out.name}.part")
-    part.write_text(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, out)
+    data = json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        part.write_text(data, encoding="utf-8")
+        os.replace(part, out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise ValueError(f"--out: {out} can not be written: {error.strerror}") from None
+
+
+NOTHING = "the server gave no token's log-probability; try a larger --top-logprobs, a smaller --stride, or other prompts"
+"""What to do when no token could be compared."""
 
 
 def _number(value: float | None, form: str) -> str:
@@ -64,8 +76,14 @@ def _reasons(r: Result) -> list[str]:
         lines.append(f"token {r.first} {_shown(r.first_token or '')}: ours {_number(r.first_ours, '.3f')}, theirs {theirs}")
     if r.top1_first is not None:
         lines.append(f"token {r.top1_first}: the likeliest token is another one")
-    if r.missing:
-        lines.append(f"{r.missing} tokens without a log-probability from the server")
+    if r.missing_first is not None:
+        lines.append(
+            f"token {r.missing_first}: null for its log-probability, as for {r.missing} in all; servers write it for NaN"
+        )
+    elif r.missing:
+        lines.append(f"{r.missing} tokens not asked for, or not among the likeliest that the server returned")
+    if r.not_finite:
+        lines.append(f"{r.not_finite} tokens with a log-probability that is not finite")
     return [f"    {line}" for line in lines]
 
 
@@ -88,8 +106,10 @@ def text(report: dict[str, Any], results: Sequence[Result]) -> str:
             lines.append(
                 f"none departs within the sliding window of {window} tokens: look at compressed entries and their positions"
             )
-    elif results:
+    elif s["within"]:
         lines.append(f"within the threshold of {threshold:g}")
+    else:
+        lines.append("no verdict: " + ("not all prompts were compared" if report["stopped"] else NOTHING))
     if s["noise_max"] is not None:
         lines.append(
             f"yardstick: our {report['dtype']} and {report['yardstick']} differ by {s['noise_max']:.3f} at most, "

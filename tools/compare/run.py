@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -15,9 +16,9 @@ from tqdm import tqdm
 
 import v4
 from tools.compare import report as reports
-from tools.compare.answers import Names, Unsuitable
-from tools.compare.client import Client, EndpointError, Refused, base_url, key_from
+from tools.compare.client import Client, base_url, key_from
 from tools.compare.measure import Result, add_noise, measure, named_ids
+from tools.compare.names import Names
 from tools.compare.prompts import Prompt, Reader
 from tools.compare.scoring import score
 from tools.compare.ways import Answer, Asker, Way, choose, served_model
@@ -74,13 +75,15 @@ class Comparison:
         self.prompts = reader.read(Path(args.prompts) if args.prompts else None, args.limit)
         self.names = Names(tokenizer, self.config.vocab_size)
         client = Client(base_url(args.against), key_from(args.api_key_env), args.timeout, args.retries)
-        name = args.name or served_model(client)
+        name = served_model(client, args.name)
         self.asker = Asker(client, name, self.names, args.top_logprobs, args.stride)
         # the shortest prompt finds out how the endpoint is asked: a refusal then is about the way, not about the length
         self.probed = min(self.prompts, key=lambda prompt: len(prompt.ids))
-        self.way, self.probe = choose(self.asker, self.probed, args.way, text=self.probed.text is not None)
+        as_text = all(prompt.text is not None for prompt in self.prompts)
+        self.way, self.probe = choose(self.asker, self.probed, args.way, text=as_text)
         self.results: list[Result] = []
-        self.stopped: str | None = None
+        self.stopped: str | None = f"not finished, 0 of {len(self.prompts)} prompts done"
+        self.kept = 0
         self.yardstick: str | None = None
 
     def _answer(self, prompt: Prompt, way: Way) -> Answer:
@@ -103,37 +106,56 @@ class Comparison:
         return reports.as_dict(head, self.results, self.stopped)
 
     def _keep(self) -> None:
-        if self.out:
+        # a run that found nothing leaves the report of before
+        if self.out and self.results:
             reports.write(self.out, self.report())
+            self.kept = len(self.results)
+
+    def _one(self, model: v4.LoadedModel, prompt: Prompt) -> None:
+        answer = self._answer(prompt, self.way)
+        top = named_ids(answer, self.names)
+        scores = score(model, prompt.ids, [list(row) for row in top])
+        self.results.append(measure(prompt, answer, top, scores, self.names, self.args.threshold))
+        done, total = len(self.results), len(self.prompts)
+        self.stopped = None if done == total else f"not finished, {done} of {total} prompts done"
+        self._keep()
 
     def compare(self) -> None:
-        """Ask and score prompt after prompt; every result is kept in --out at once. `stopped` is set when the endpoint fails."""
+        """Ask and score prompt after prompt; every result is kept in --out at once.
+
+        `stopped` says until the end that this has not been reached, or why not: the endpoint, our model or the disk failed.
+        """
         model = _load(self.settings, self.settings.dtype)
         for prompt in _bar(self.prompts, "compare"):
             try:
-                answer = self._answer(prompt, self.way)
-            except (EndpointError, Refused, Unsuitable) as error:
-                where = f"prompt {prompt.id} ({len(self.results)} of {len(self.prompts)} done)"
-                self.stopped = f"{where}: {error}"
-                break
-            top = named_ids(answer, self.names)
-            scores = score(model, prompt.ids, [list(row) for row in top])
-            self.results.append(measure(prompt, answer, top, scores, self.names, self.args.threshold))
+                self._one(model, prompt)
+            except ValueError as error:
+                self._stop(f"prompt {prompt.id} ({len(self.results)} of {len(self.prompts)} done)", error)
+                return
+
+    def _stop(self, where: str, error: ValueError) -> None:
+        self.stopped = f"{where}: {self.asker.client.hide(str(error))}"
+        with contextlib.suppress(ValueError):
+            # when the disk is what failed, the file of before and the message have to do
             self._keep()
-        self._keep()
 
     def measure_noise(self) -> None:
         """Score the same prompts with our model in the other dtype (float32, or bfloat16 when that is the one compared)."""
-        self.yardstick = "bfloat16" if self.settings.dtype == "float32" else "float32"
-        model = _load(self.settings, self.yardstick)
+        other = "bfloat16" if self.settings.dtype == "float32" else "float32"
         nothing: tuple[int, ...] = ()
-        for prompt, result in zip(_bar(self.prompts, "yardstick"), self.results, strict=True):
-            add_noise(result, [s.logprob for s in score(model, prompt.ids, [nothing] * len(prompt.ids))])
-        self._keep()
+        try:
+            model = _load(self.settings, other)
+            for prompt, result in zip(_bar(self.prompts, "yardstick"), self.results, strict=True):
+                add_noise(result, [s.logprob for s in score(model, prompt.ids, [nothing] * len(prompt.ids))])
+            self.yardstick = other
+            self._keep()
+        except ValueError as error:
+            self._stop(f"the yardstick in {other}", error)
 
 
 def run(args: argparse.Namespace) -> int:
-    """The verb; returns the exit code: 0 within the threshold, 1 beyond it, 2 when the endpoint failed on the way."""
+    """The verb; returns the exit code: 0 within the threshold, 1 beyond it, 2 when a prompt or the yardstick failed on the way, or
+    nothing was compared."""
     comparison = Comparison(args)
     comparison.compare()
     if args.yardstick and comparison.stopped is None:
@@ -141,7 +163,11 @@ def run(args: argparse.Namespace) -> int:
     found = comparison.report()
     print(json.dumps(found, ensure_ascii=False, allow_nan=False) if args.json else reports.text(found, comparison.results))
     if comparison.stopped is not None:
-        kept = f"; the finished prompts are in {comparison.out}" if comparison.out else ""
+        kept = f"; {comparison.kept} finished prompts are in {comparison.out}" if comparison.kept else ""
         print(f"v4 compare: stopped at {comparison.stopped}{kept}", file=sys.stderr)
         return 2
-    return 0 if found["summary"]["within"] else 1
+    within = found["summary"]["within"]
+    if within is None:
+        print(f"v4 compare: no verdict: {reports.NOTHING}", file=sys.stderr)
+        return 2
+    return 0 if within else 1

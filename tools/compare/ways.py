@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.compare.answers import Entry, Names, Unsuitable, completion, native, prompt_logprobs
-from tools.compare.client import Client, EndpointError, Refused
+from tools.compare.answers import Entry, Unsuitable, as_text, completion, native, prompt_logprobs
+from tools.compare.client import Client, EndpointError, Refused, Unreachable
+from tools.compare.names import Names
 from tools.compare.prompts import Prompt
 
 NAMES = ("echo", "prompt-logprobs", "generate", "steps")
@@ -41,11 +42,13 @@ class Way:
 @dataclass(frozen=True)
 class Answer:
     """Entries of a prompt's tokens [n]. `same` tokens from the start are ours; `departure` is the first that is not:
-    (position, our text, the server's text), None when all agree."""
+    (position, our text, the server's text), None when all agree. `whole`: every token was asked for, so that one without a
+    log-probability is a fault of the server's."""
 
     entries: list[Entry]
     same: int
     departure: tuple[int, str, str] | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Asker:
     def ask(self, way: Way, prompt: Prompt, *, patient: bool = True) -> Answer:
         """The endpoint's log-probabilities of one prompt. Refused, Unsuitable: this way does not work; EndpointError: nothing does."""
         if way.name == "steps":
-            return self._steps(prompt, patient)
+            return self._steps(way, prompt, patient)
         sent: object = self._text(prompt) if way.text else list(prompt.ids)
         extras = {**(_IDS if way.extras else {}), **(_PLAIN if way.extras and way.text else {})}
         if way.name == "generate":
@@ -77,7 +80,7 @@ class Asker:
             kind = {"echo": True, "logprobs": self.top} if way.name == "echo" else {"prompt_logprobs": self.top}
             answer = self.client.post(self._url, {"model": self.model, "prompt": sent, **_ONE, **kind, **extras}, patient=patient)
             entries = completion(answer) if way.name == "echo" else prompt_logprobs(answer, prompt.ids)
-        return self._aligned(entries, prompt, way)
+        return self._aligned(as_text(entries, prompt.ids, self.names), prompt, way)
 
     @property
     def _url(self) -> str:
@@ -88,17 +91,19 @@ class Asker:
             raise Unsuitable(f"prompt {prompt.id} is given by ids that are no text")
         return prompt.text
 
-    def _steps(self, prompt: Prompt, patient: bool) -> Answer:
+    def _steps(self, way: Way, prompt: Prompt, patient: bool) -> Answer:
         entries = [Entry()] * len(prompt.ids)
         positions = range(self.stride or 1, len(prompt.ids), self.stride or 1)
         for position in positions or [len(prompt.ids) - 1]:
-            body = {"model": self.model, "prompt": list(prompt.ids[:position]), **_ONE, "logprobs": self.top, **_IDS}
+            extras = _IDS if way.extras else {}
+            body = {"model": self.model, "prompt": list(prompt.ids[:position]), **_ONE, "logprobs": self.top, **extras}
             found = completion(self.client.post(self._url, body, patient=patient))
             if len(found) != 1 or not found[0].top:
-                raise Unsuitable(f"found {len(found)} tokens for max_tokens 1, expected one with top_logprobs")
+                without = "without" if len(found) == 1 else "expected one with"
+                raise Unsuitable(f"found {len(found)} tokens for max_tokens 1, {without} top_logprobs")
             top = {self.names.resolve(key): value for key, value in found[0].top.items()}
             entries[position] = Entry(prompt.ids[position], top.get(prompt.ids[position]), found[0].top)
-        return Answer(entries, len(entries))
+        return Answer(entries, len(entries), whole=False)
 
     def _aligned(self, entries: Sequence[Entry], prompt: Prompt, way: Way) -> Answer:
         ids, count = prompt.ids, len(prompt.ids)
@@ -106,6 +111,8 @@ class Asker:
             raise Unsuitable(f"found {len(entries)} tokens, expected the {count} of the prompt and at most one generated")
         if all(entry.logprob is None for entry in entries[1:count]):
             raise Unsuitable("every log-probability of the prompt is null")
+        if len(entries) not in (count, count + 1) and any(entry.token is None for entry in entries[1:count]):
+            raise Unsuitable(f"found {len(entries)} tokens without names, expected the {count} of the prompt")
         for i, token in enumerate(ids):
             if i >= len(entries) or not self.names.same(entries[i].token, token):
                 theirs = "(end)" if i >= len(entries) else self._shown(entries[i])
@@ -116,7 +123,9 @@ class Asker:
         return Answer(list(entries[:count]), count)
 
     def _shown(self, entry: Entry) -> str:
-        return self.names.text(entry.token) if isinstance(entry.token, int) else str(entry.token)
+        shown = self.names.text(entry.token) if isinstance(entry.token, int) else str(entry.token)
+        # halves of a surrogate pair, which JSON can hold, can not be written to a file
+        return shown.encode("utf-8", "replace").decode("utf-8")
 
 
 def candidates(wanted: str, *, text: bool, stride: int | None) -> Iterator[Way]:
@@ -129,34 +138,65 @@ def candidates(wanted: str, *, text: bool, stride: int | None) -> Iterator[Way]:
                 if name != "prompt-logprobs":
                     yield Way(name, form)
     if wanted == "steps" or (wanted == "auto" and stride is not None):
+        yield Way("steps", extras=True)
         yield Way("steps")
 
 
 def choose(asker: Asker, prompt: Prompt, wanted: str, *, text: bool) -> tuple[Way, Answer]:
-    """The first way that works for `prompt`, and its answer. EndpointError lists what each one met."""
-    met = []
+    """The first way by which the server reads our tokens, else the one by which it reads most, and its answer.
+
+    EndpointError lists what each way met.
+    """
+    met, best = [], None
     for way in candidates(wanted, text=text, stride=asker.stride):
         try:
-            return way, asker.ask(way, prompt, patient=False)
+            answer = asker.ask(way, prompt, patient=False)
         except (Refused, Unsuitable) as error:
+            met.append(f"  {way}: {asker.client.hide(str(error))}")
+        except EndpointError as error:
+            # it has a path of its own, which a gateway may guard or answer with a page although the rest is open
+            if way.name != "generate" or wanted == "generate":
+                raise
             met.append(f"  {way}: {error}")
+        else:
+            if answer.departure is None:
+                return way, answer
+            if best is None or answer.same > best[1].same:
+                best = way, answer
+    if best is not None:
+        return best
     raise EndpointError(
         f"{asker.client.url}: found no way to get log-probabilities of a given text. Tried with {len(prompt.ids)} tokens, "
         f"{asker.top} top log-probabilities:\n" + "\n".join(met) + f"\n{_HINT}"
     )
 
 
-def served_model(client: Client) -> str:
-    """The name of the one model that the endpoint lists. EndpointError when it lists none or several, or has no list."""
+def served_model(client: Client, wanted: str | None = None) -> str:
+    """The name of the model to ask for: `wanted`, or the one model that the endpoint lists.
+
+    EndpointError when it lists models, but not the one wanted; without one, also when it lists none or several, or has no list.
+    """
+    url = f"{client.url}/models"
     try:
-        body = client.get(f"{client.url}/models")
-    except Refused as error:
-        raise EndpointError(f"{client.url}/models: {error}; give the model's name there with --name") from None
+        body = client.get(url)
+    except Unreachable:
+        raise
+    except (Refused, EndpointError) as error:
+        if wanted is not None:
+            # not every server has a list, or shows it to everyone
+            return wanted
+        if isinstance(error, EndpointError):
+            raise
+        raise EndpointError(f"{url}: {error}; give the model's name there with --name") from None
     rows = body.get("data") if isinstance(body, dict) else None
-    found = (
-        [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)] if isinstance(rows, list) else []
-    )
+    rows = rows if isinstance(rows, list) else []
+    found = [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+    listed = client.hide(", ".join(found[:10])) or "none"
+    if wanted is not None:
+        if found and wanted not in found:
+            # some servers answer for whatever name with the model that they have
+            raise EndpointError(f"{url}: found {len(found)} models ({listed}), expected {wanted!r} among them; see --name")
+        return wanted
     if len(found) != 1:
-        listed = ", ".join(found[:10]) or "none"
-        raise EndpointError(f"{client.url}/models: found {len(found)} models ({listed}), expected one; give one with --name")
+        raise EndpointError(f"{url}: found {len(found)} models ({listed}), expected one; give one with --name")
     return found[0]
