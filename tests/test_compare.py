@@ -83,6 +83,11 @@ def test_an_equal_deployment_is_within(run: Run, endpoint: Endpoint) -> None:
     assert "within the threshold of 0.5" in run.text(code=0)
 
 
+def test_the_page_names_every_key() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "compare.md").read_text(encoding="utf-8")
+    assert [key for key in sorted(HEAD | SUMMARY | ROW | {"prompts", "summary", "stopped"}) if f"`{key}`" not in page] == []
+
+
 @pytest.mark.parametrize(("first", "by"), [(1, -0.75), (5, -0.75), (8, 1.25)])
 def test_where_a_constant_difference_begins(first: int, by: float, run: Run, endpoint: Endpoint) -> None:
     endpoint.tamper = shifted(first, by)
