@@ -86,7 +86,7 @@ class Impl:
         if self.dtypes and dtype not in self.dtypes:
             return f"no kernel for {dtype}; has {', '.join(sorted(map(str, self.dtypes)))}"
         if gone := [n for n in self.needs if not probe.has(n)]:
-            return f"missing {', '.join(gone)}"
+            return f"missing {', '.join(gone)}" + (f": {probe.hint(gone)}" if probe.hint else "")
         return None
 
 

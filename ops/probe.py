@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -12,7 +12,7 @@ class Probe:
 
     `soc`: chip family, for instance "910b", "910_93", "950", "sm90"; None on a plain CPU. `have`: names known to be
     present (torch ops as "npu::npu_rms_norm", libraries as "triton"). `ask`: consulted for names not in `have`.
-    `versions`: library versions for reports.
+    `versions`: library versions for reports. `hint`: what to install for names that are missing.
     """
 
     device: str = "cpu"
@@ -20,6 +20,7 @@ class Probe:
     have: frozenset[str] = frozenset()
     versions: dict[str, str] = field(default_factory=dict)
     ask: Callable[[str], bool] | None = None
+    hint: Callable[[Sequence[str]], str] | None = None
 
     def has(self, name: str) -> bool:
         """True when `name` is present on the probed machine."""

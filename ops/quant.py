@@ -6,6 +6,7 @@ FP4 codes are in ops/quant_fp4.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,8 +23,8 @@ _E8M0 = torch.tensor([*(2.0 ** (b - 127) for b in range(255)), float("nan")], dt
 def power_of_two_exponent(value: Tensor, largest: float) -> Tensor:
     """ceil(log2(value / largest)) as int32, exact: compares mantissas instead of taking a logarithm. value > 0."""
     m, e = torch.frexp(value.double())
-    lm, le = torch.frexp(torch.tensor(largest, dtype=torch.float64))
-    return e - int(le) + (m > float(lm)).to(torch.int32)
+    largest_mantissa, largest_exponent = math.frexp(largest)
+    return e - largest_exponent + (m > largest_mantissa).to(torch.int32)
 
 
 def e8m0_bytes(exponent: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def e8m0_bytes(exponent: Tensor) -> Tensor:
 
 def e8m0_values(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """2^(b-127) of E8M0 bytes, exact in fp32 and fp64; byte 255 is NaN."""
-    return _E8M0.to(dtype)[scale.view(torch.uint8).long()]
+    return _E8M0.to(scale.device, dtype)[scale.view(torch.uint8).long()]
 
 
 def grouped(x: Tensor, group: int) -> Tensor:

@@ -31,7 +31,7 @@ _MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, Fa
 def fp4_codes(x: Tensor) -> Tensor:
     """Nearest e2m1 code (0..15, bit 3 the sign) of each element, ties to the even code, values beyond 6 saturated."""
     magnitude = x.abs()
-    code = torch.zeros(x.shape, dtype=torch.uint8)
+    code = torch.zeros_like(x, dtype=torch.uint8)
     for point, up in _MIDPOINTS:
         code += (magnitude >= point) if up else (magnitude > point)
     return code | (torch.signbit(x).to(torch.uint8) << 3)
@@ -39,7 +39,7 @@ def fp4_codes(x: Tensor) -> Tensor:
 
 def fp4_values(code: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Value of each e2m1 code 0..15."""
-    table = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], dtype=dtype)
+    table = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], dtype=dtype, device=code.device)
     return table[code.long()]
 
 

@@ -77,6 +77,12 @@ def load_backend(name: str) -> ModuleType:
     return importlib.import_module(f"backends.{name}")
 
 
+def unavailable(name: str) -> str | None:
+    """Why a backend can not run on this machine, or None. ValueError for an unknown backend."""
+    ask: Callable[[], str | None] = getattr(load_backend(name), "unavailable", lambda: None)
+    return ask()
+
+
 def chain_of(backend: str, *, strict: bool = False, batch_invariant: bool = False) -> tuple[str, ...]:
     """Backend names in order of preference: the backend with the one in front of it, then plain torch unless `strict`."""
     if batch_invariant:
@@ -173,12 +179,15 @@ def bind(
     chain: backend names in order of preference. dtype: activation type. probes: per backend, instead of looking at
     this machine. overrides: op -> backend, above the chain; V4_OPS in the environment is used for ops not named here.
     checked: validate every call against the contract first. only: bind just these ops (with their parts).
-    Raises NoImplementation with every backend's reason, ValueError for unknown backends or ops.
+    Raises NoImplementation with every backend's reason, ValueError for unknown backends or ops and for a backend that can not run here.
     """
     pinned = {**parse_overrides(os.environ.get("V4_OPS", "")), **(overrides or {})}
     names = list(dict.fromkeys([*chain, *pinned.values()]))
     modules = {name: load_backend(name) for name in names}
     _check_overrides(pinned)
+    for name in names:
+        if name not in (probes or {}) and (why := unavailable(name)):
+            raise ValueError(f"backend {name!r} can not run here: {why}")
     known = {name: (probes or {}).get(name) or modules[name].probe() for name in names}
     ops = SimpleNamespace()
     chosen: dict[str, Choice] = {}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ops.contract import CONTRACTS
-from ops.registry import NoImplementation, bind, chain_of, load_backend
+from ops.registry import NoImplementation, bind, chain_of, load_backend, unavailable
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pyyaml", "tqdm", "transformers", "triton", "torch_npu")
 
@@ -49,10 +49,12 @@ def versions() -> dict[str, str | None]:
 def backend_state(name: str) -> dict[str, Any]:
     """{name, available, reason, device, soc, versions} of one backend."""
     try:
-        probe = load_backend(name).probe()
+        probe, why = load_backend(name).probe(), unavailable(name)
     except ImportError as error:
         absent: dict[str, Any] = {"device": None, "soc": None, "versions": {}}
         return {"name": name, "available": False, "reason": f"can not be imported: {error}", **absent}
+    if why is not None:
+        return {"name": name, "available": False, "reason": why, "device": probe.device, "soc": None, "versions": dict(probe.versions)}
     found = {"device": probe.device, "soc": probe.soc, "versions": dict(probe.versions)}
     return {"name": name, "available": True, "reason": "", **found}
 

@@ -27,6 +27,8 @@ def cell(contract: Contract, backend: str) -> str:
     impl = contract.impls.get(backend)
     if impl is None:
         return f"composed of {', '.join(contract.parts)}" if contract.parts else "-"
+    if impl.note == "plain torch":
+        return impl.note
     types = ", ".join(sorted(_SHORT.get(d, str(d)) for d in impl.dtypes)) or "any type"
     chips = ", ".join(sorted(impl.soc)) or "any chip"
     return (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ops.registry import Binding, bind, chain_of, load_backend
-from v4.cache import Format
+from v4.cache import HOST, Format
 from v4.checkpoint import Checkpoint
 from v4.config import Config
 from v4.generate import GenerateResult, generate
@@ -64,7 +64,7 @@ class LoadedModel:
     prompt_texts: PromptTexts | None = None
 
     def _check_ids(self, ids: Seq[int] | Tensor) -> list[int]:
-        found = torch.as_tensor(ids).reshape(-1).tolist()
+        found = torch.as_tensor(ids, device=None if isinstance(ids, Tensor) else HOST).reshape(-1).tolist()
         if not found:
             raise ValueError("found no token ids, expected at least one")
         if min(found) < 0 or max(found) >= self.config.vocab_size:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from v4 import rope
-from v4.cache import Cache, Sequence
+from v4.cache import HOST, Cache, Sequence
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Batch:
     def tokens(self) -> int:
         """T."""
         return self.ids.shape[0]
+
+
+def _ids(ids: Seq[int] | Tensor) -> Tensor:
+    return ids.to(torch.int64) if isinstance(ids, Tensor) else torch.tensor(ids, dtype=torch.int64, device=HOST)
 
 
 class RopeTables:
@@ -97,12 +101,12 @@ def _step(cache: Cache, tables: RopeTables, sequence: Sequence, ids: Seq[int] | 
             entries[m] = tables.no_entries(device)
         else:
             row = position // m
-            entries[m] = Entries(place(f"entries{m}", row), *angles(True, torch.tensor([row * m])))
-    positions_T = torch.tensor([position])
+            entries[m] = Entries(place(f"entries{m}", row), *angles(True, torch.tensor([row * m], device=HOST)))
+    positions_T = torch.tensor([position], device=HOST)
     return Batch(
-        ids=torch.as_tensor(ids, dtype=torch.int64).to(device),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-        start_pos=torch.tensor([position], dtype=torch.int32),
+        ids=_ids(ids).to(device),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=HOST),
+        start_pos=torch.tensor([position], dtype=torch.int32, device=HOST),
         positions=positions_T,
         tables={name: g.table[slot : slot + 1] for name, g in cache.groups.items()},
         window_slots=place("window", position),
@@ -123,7 +127,7 @@ def _several(
     np.cumsum(counts, out=offsets[1:])
     owner = np.repeat(np.arange(len(ids)), counts)
     positions = np.arange(int(offsets[-1])) - np.repeat(offsets[:-1] - starts, counts)
-    rows = torch.tensor([s.slot for s in sequences], dtype=torch.int64)
+    rows = torch.tensor([s.slot for s in sequences], dtype=torch.int64, device=HOST)
     whole = len(sequences) == 1
     slot = sequences[0].slot if whole else 0
     group_tables = {
@@ -143,7 +147,7 @@ def _several(
         slots = _slots(group_tables[f"entries{m}"], entry_owner, index, block_rows)
         cos, sin = rope.rows(tables.by_kind[True], torch.from_numpy(index * m))
         entries[m] = Entries(slots.to(device), cos.to(device), sin.to(device))
-    ids_T = torch.cat([torch.as_tensor(i, dtype=torch.int64) for i in ids]) if len(ids) else torch.empty(0, dtype=torch.int64)
+    ids_T = torch.cat([_ids(i) for i in ids]) if len(ids) else torch.empty(0, dtype=torch.int64, device=HOST)
     window_slots = _slots(group_tables["window"], owner, positions, cache.groups["window"].spec.block_rows)
     kinds = {bool(m) for m in cache.ratios}
     return Batch(

@@ -17,6 +17,9 @@ from torch import Tensor
 from ops.cache import fp8_row_parts
 from v4.config import Config
 
+HOST = torch.device("cpu")
+"""Where tables, lengths and positions are made: their sizes decide the shapes of a call."""
+
 SLACK = 64
 """Tokens a sequence may be rolled back by: the longest draft that can be rejected."""
 
@@ -80,7 +83,7 @@ class Group:
         rows = -(-max_tokens // spec.tokens_per_row)
         self.width = max(-(-rows // spec.block_rows), 1)
         self.blocks = 1 + spec.live_blocks(self.width, min(max_chunk, max_tokens)) * max_sequences
-        self.table = torch.zeros(max_sequences, self.width, dtype=torch.int32)
+        self.table = torch.zeros(max_sequences, self.width, dtype=torch.int32, device=HOST)
         self._rows = self.table.numpy()
         self._free = list(range(1, self.blocks))
         self._low = [0] * max_sequences
@@ -162,7 +165,7 @@ class LayerCache:
 
 def row_bytes(config: Config, fmt: Format, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of one attention row and of one index key under a format."""
-    item = torch.empty((), dtype=dtype).element_size()
+    item = dtype.itemsize
     kv = config.head_dim * item if fmt.kv == "plain" else sum(fp8_row_parts(config.head_dim, config.qk_rope_head_dim))
     d = config.index_head_dim
     index = {"plain": d * item, "fp8": d + 4, "fp4": d // 2 + d // 32}[fmt.index]
@@ -254,12 +257,12 @@ class Cache:
     def fill_synthetic(self, sequence: Sequence, tokens: int, seed: int = 0) -> None:
         """Make `sequence` look as if `tokens` tokens were stored, with random rows (for measurements at long context)."""
         self.assume(sequence, tokens)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(HOST).manual_seed(seed)
         for pool in self.pools():
             if pool.is_floating_point():
-                pool.copy_(torch.randn(pool.shape, generator=generator))
+                pool.copy_(torch.randn(pool.shape, generator=generator, device=HOST))
             else:
-                pool.copy_(torch.randint(0, 96, pool.shape, generator=generator, dtype=pool.dtype))
+                pool.copy_(torch.randint(0, 96, pool.shape, generator=generator, dtype=pool.dtype, device=HOST))
 
     def pools(self) -> list[Tensor]:
         """Every pool tensor."""

@@ -52,7 +52,7 @@ def prefill(
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Store the prompt in chunks; streams [1, n, D] of its last token. `each(streams, start)` sees every chunk's streams."""
-    last = torch.empty(0)
+    last = torch.empty(0, device=runner.device)
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk]
         streams = runner.forward(cache, [sequence], [part])

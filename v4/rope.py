@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from v4.cache import HOST
 from v4.config import Config
 
 
@@ -21,7 +22,7 @@ def frequencies(config: Config, compressed: bool) -> Tensor:
     """
     dim = config.qk_rope_head_dim
     theta = config.compress_rope_theta if compressed else config.rope_theta
-    plain = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    plain = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=HOST) / dim))
     scaling = config.rope_scaling
     if not compressed or scaling is None:
         return plain
@@ -31,7 +32,7 @@ def frequencies(config: Config, compressed: bool) -> Tensor:
 
     low = max(math.floor(correction(scaling.beta_fast)), 0)
     high = min(math.ceil(correction(scaling.beta_slow)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=HOST) - low) / max(high - low, 0.001)).clamp(0, 1)
     return plain * (1 - ramp) + plain / scaling.factor * ramp
 
 

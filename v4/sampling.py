@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from v4.cache import HOST
+
 
 class Sampler:
     """Calls the bound argmax or sample op with uniforms drawn on the host from `seed`, so that every backend sees the same ones.
@@ -25,7 +27,7 @@ class Sampler:
             raise ValueError(f"top_k: found {top_k}, expected 0 (off) or more")
         self._ops = ops
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(HOST).manual_seed(seed)
 
     @property
     def greedy(self) -> bool:
@@ -38,7 +40,7 @@ class Sampler:
             return self._ops.argmax(logits_BV).tolist()
         b = logits_BV.shape[0]
         device = logits_BV.device
-        uniform = torch.rand(b, generator=self._generator, dtype=torch.float32)
+        uniform = torch.rand(b, generator=self._generator, dtype=torch.float32, device=HOST)
         return self._ops.sample(
             logits_BV,
             torch.full((b,), self.temperature, device=device),

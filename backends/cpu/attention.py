@@ -49,10 +49,10 @@ def _decoder(cache: Tensor, channels: int) -> Decoder | None:
     return partial(unpack_fp8_rows, nope=channels - rope_dim, rope_dim=rope_dim, dtype=torch.float32)
 
 
-def _chosen_mask(index_Gk: Ints, entries: int) -> Tensor:
+def _chosen_mask(index_Gk: Ints, entries: int, device: torch.device) -> Tensor:
     """Additive mask [G, entries]: 0 where chosen; -1 falls into a spare column."""
-    index = torch.from_numpy(index_Gk).long()
-    mask = torch.full((index.shape[0], entries + 1), _NEG)
+    index = torch.from_numpy(index_Gk).to(device).long()
+    mask = torch.full((index.shape[0], entries + 1), _NEG, device=device)
     return mask.scatter_(1, index.masked_fill_(index < 0, entries), 0.0)[:, :entries]
 
 
@@ -122,8 +122,9 @@ class _Sequence:
     def _band(self, queries: int, before: int) -> Tensor:
         """Additive mask [G, 1, before + G] of window rows: query i sees the columns i + before - window + 1 .. i + before."""
         if self.band[0] != (queries, before):
-            age = torch.arange(queries)[:, None] + before - torch.arange(before + queries)
-            mask = torch.zeros(age.shape).masked_fill_((age < 0) | (age >= self.window), _NEG)
+            numbers = torch.arange(before + queries, device=self.q.device)
+            age = numbers[:queries, None] + before - numbers
+            mask = torch.zeros(age.shape, device=age.device).masked_fill_((age < 0) | (age >= self.window), _NEG)
             self.band = (queries, before), mask[:, None]
         return self.band[1]
 
@@ -161,7 +162,7 @@ class _Sequence:
             torch.addmm(target, q_MC, rows.T, beta=0, alpha=self.scale, out=target)
         s_GHN = s_MN.view(high - low, self.heads, columns + 1)
         if index_Gk is not None:
-            s_GHN[..., :seen].add_(_chosen_mask(index_Gk, seen)[:, None])
+            s_GHN[..., :seen].add_(_chosen_mask(index_Gk, seen, s_GHN.device)[:, None])
         if high - low > 1:
             s_GHN[..., seen:columns].add_(self._band(high - low, before))
             if seen and index_Gk is None:
@@ -176,8 +177,8 @@ class _Sequence:
         position = self.start + low
         common = (position + 1) // self.ratio
         if common < seen:
-            visible = torch.arange(position + 1, position + 1 + s_GHN.shape[0]).div_(self.ratio, rounding_mode="floor")
-            late = torch.arange(common, seen) >= visible[:, None]
+            last = torch.arange(position + 1, position + 1 + s_GHN.shape[0], device=s_GHN.device)
+            late = torch.arange(common, seen, device=s_GHN.device) >= last.div_(self.ratio, rounding_mode="floor")[:, None]
             s_GHN[..., common:seen].masked_fill_(late[:, None], _NEG)
 
     def _gathered(self, low: int, high: int, index_Gk: Ints) -> None:
@@ -209,7 +210,7 @@ class _Sequence:
         chosen_GHk = torch.bmm(q_MC.view(queries, self.heads, -1), rows_GkC.transpose(1, 2))
         torch.mul(chosen_GHk, self.scale, out=s_GHN[..., :k])
         if absent.any():
-            s_GHN[..., :k].masked_fill_(torch.from_numpy(absent)[:, None], _NEG)
+            s_GHN[..., :k].masked_fill_(torch.from_numpy(absent).to(s_GHN.device)[:, None], _NEG)
         target = s_MN[:, k:columns]
         torch.addmm(target, q_MC, near.T, beta=0, alpha=self.scale, out=target)
         s_GHN[..., k:columns].add_(self._band(queries, before))
@@ -238,19 +239,19 @@ def _sparse_attention(
     ratio: int = 0,
 ) -> Tensor:
     channels = q_THC.shape[2]
-    out = torch.empty(q_THC.shape, dtype=q_THC.dtype)
-    cu, tables = cu_seqlens.tolist(), window_table.numpy()
+    out = q_THC.new_empty(q_THC.shape)
+    cu, tables = cu_seqlens.tolist(), window_table.cpu().numpy()
     decode = _decoder(window_cache, channels)
     entries, index, cmp_tables, cmp_decode = None, None, None, None
     if cmp_cache is not None and cmp_table is not None:
-        cmp_tables, cmp_decode = cmp_table.numpy(), _decoder(cmp_cache, channels)
+        cmp_tables, cmp_decode = cmp_table.cpu().numpy(), _decoder(cmp_cache, channels)
     for b, start in enumerate(start_pos.tolist()):
         low, high = cu[b], cu[b + 1]
         if low == high:
             continue
         if cmp_cache is not None and cmp_tables is not None:
             entries = Rows(cmp_cache, cmp_tables[b], cmp_decode)
-            index = None if cmp_index is None else cmp_index[low:high].numpy()
+            index = None if cmp_index is None else cmp_index[low:high].cpu().numpy()
         rows = Rows(window_cache, tables[b], decode)
         _Sequence(q_THC[low:high], out[low:high], sink_H, start, rows, entries, scale, window, ratio).run(index)
     return out

@@ -23,7 +23,7 @@ def _positions(counts: list[int], starts: list[int]) -> NDArray[np.int64]:
 def _add_ape(s_Tw: Tensor, ape: Tensor, counts: list[int], starts: list[int]) -> None:
     tokens, ratio = s_Tw.shape[0], ape.shape[0]
     if len(counts) > 1:
-        s_Tw += ape[torch.from_numpy(_positions(counts, starts) % ratio)]
+        s_Tw += ape[torch.from_numpy(_positions(counts, starts) % ratio).to(ape.device)]
     elif tokens == 1:
         s_Tw += ape[starts[0] % ratio]
     else:
@@ -107,9 +107,9 @@ def _store(k_Tw: Tensor, s_Tw: Tensor, state: Tensor, table: Ints, counts: list[
     block_T = table[owner, position // per_block].astype(np.int64)
     kept = np.flatnonzero(block_T)
     if len(kept) < len(block_T):
-        chosen = torch.from_numpy(kept)
+        chosen = torch.from_numpy(kept).to(state.device)
         k_Tw, s_Tw = k_Tw[chosen], s_Tw[chosen]
-    rows = torch.from_numpy(block_T[kept] * per_block + position[kept] % per_block)
+    rows = torch.from_numpy(block_T[kept] * per_block + position[kept] % per_block).to(state.device)
     state_R2w = state.view(-1, 2 * w)
     state_R2w[rows, :w] = k_Tw
     state_R2w[rows, w:] = s_Tw
@@ -132,7 +132,7 @@ def _compress(
     ratio: int,
     eps: float,
 ) -> Tensor:
-    cu, starts, table, c = cu_seqlens.tolist(), start_pos.tolist(), state_table.numpy(), norm_weight.shape[0]
+    cu, starts, table, c = cu_seqlens.tolist(), start_pos.tolist(), state_table.cpu().numpy(), norm_weight.shape[0]
     if not cu[-1]:
         return x_TD.new_zeros(cos_ER2.shape[0], c)
     x = x_TD[: cu[-1]].float()

@@ -26,7 +26,7 @@ def _collapse(
     t, n, d = streams_TnD.shape
     step = 2 * piece_rows(streams_TnD)
     if t > step:
-        u, out_TD = torch.empty(t, fn.shape[0]), streams_TnD.new_empty(t, d)
+        u, out_TD = fn.new_empty(t, fn.shape[0]), streams_TnD.new_empty(t, d)
         for i in range(0, t, step):
             part = _collapse(streams_TnD[i : i + step], fn, scale, base_n, norm_eps, hc_eps)
             u[i : i + step], out_TD[i : i + step] = part
@@ -39,17 +39,17 @@ def _collapse(
 
 
 @functools.lru_cache(maxsize=8)
-def _sums(n: int) -> tuple[Tensor, Tensor]:
+def _sums(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """0/1 matrices that turn a row-major n x n matrix into its row sums and its column sums, each in every place it divides."""
-    i = torch.arange(n * n)
+    i = torch.arange(n * n, device=device)
     return (i[:, None] // n == i // n).float(), (i[:, None] % n == i % n).float()
 
 
 def _sinkhorn_products(z_Tnn: Tensor, eps: float, iters: int) -> Tensor:
     """Two calls per normalisation: the sums as a small product, the division."""
     t, n, _ = z_Tnn.shape
-    rows, columns = _sums(n)
-    added = torch.full((1, n * n), eps)
+    rows, columns = _sums(n, z_Tnn.device)
+    added = z_Tnn.new_full((1, n * n), eps)
     p = torch.softmax(z_Tnn, -1).view(t, n * n).add_(eps)
     p.div_(torch.addmm(added, p, columns))
     for _ in range(iters - 1):
@@ -96,9 +96,9 @@ def _sinkhorn_scalars(z: list[float], eps: float, iters: int) -> list[float]:
 
 def _sinkhorn(z_Tnn: Tensor, eps: float, iters: int) -> Tensor:
     tokens, n, _ = z_Tnn.shape
-    if n == 4 and tokens <= _SCALAR_TOKENS:
+    if n == 4 and tokens <= _SCALAR_TOKENS and z_Tnn.device.type == "cpu":
         flat = [value for z in z_Tnn.flatten(1).tolist() for value in _sinkhorn_scalars(z, eps, iters)]
-        return torch.tensor(flat, dtype=torch.float32).view(tokens, n, n)
+        return torch.tensor(flat, dtype=torch.float32, device=z_Tnn.device).view(tokens, n, n)
     return (_sinkhorn_vectors if tokens >= _VECTOR_TOKENS else _sinkhorn_products)(z_Tnn, eps, iters)
 
 

@@ -71,8 +71,8 @@ def _choose(q: Tensor, w: Tensor, keys: Rows, index: Tensor, start: int, ratio: 
     # queries before `first` see at most k entries and take them all
     first = min(n, max(0, (topk + 1) * ratio - 1 - start))
     if first:
-        visible = torch.arange(start + 1, start + first + 1).div_(ratio, rounding_mode="floor")
-        every = torch.arange(topk)
+        visible = torch.arange(start + 1, start + first + 1, device=q.device).div_(ratio, rounding_mode="floor")
+        every = torch.arange(topk, device=q.device)
         index[:first] = torch.where(every < visible[:, None], every, -1)
     if first == n:
         return
@@ -92,8 +92,8 @@ def _choose(q: Tensor, w: Tensor, keys: Rows, index: Tensor, start: int, ratio: 
         else:
             _block_scores(q_GHd, w[low:high], source, score_GN, scratch)
         if common < seen:
-            visible = torch.arange(start + low + 1, start + high + 1).div_(ratio, rounding_mode="floor")
-            score_GN[:, common:].masked_fill_(torch.arange(common, seen) >= visible[:, None], float("-inf"))
+            visible = torch.arange(start + low + 1, start + high + 1, device=q.device).div_(ratio, rounding_mode="floor")
+            score_GN[:, common:].masked_fill_(torch.arange(common, seen, device=q.device) >= visible[:, None], float("-inf"))
         index[low:high] = _best(score_GN, topk)
 
 
@@ -109,9 +109,9 @@ def _index_topk(
     ratio: int,
     topk: int,
 ) -> Tensor:
-    index = torch.empty((q_THd.shape[0], topk), dtype=torch.int32)
+    index = q_THd.new_empty((q_THd.shape[0], topk), dtype=torch.int32)
     decode = partial(unpack_index_rows, dtype=torch.float32, channels=q_THd.shape[2]) if key_cache.dtype == torch.uint8 else None
-    cu, tables = cu_seqlens.tolist(), block_table.numpy()
+    cu, tables = cu_seqlens.tolist(), block_table.cpu().numpy()
     for b, start in enumerate(start_pos.tolist()):
         low, high = cu[b], cu[b + 1]
         if low < high:

@@ -29,7 +29,7 @@ _FEW, _MANY, _TOKENS = 2 << 20, 16 << 20, 64
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
     """x [M, K] @ w [N, K].T for operands of one float type, fp32 accumulation; returns [M, N] in that type."""
     rows = x.shape[0]
-    if rows and x.dtype == torch.float32 and _onednn is not None and (rows >= _ONEDNN_ROWS or w.numel() >= _ONEDNN_WEIGHTS):
+    if rows and x.dtype == torch.float32 and _onednn is not None and x.device.type == "cpu" and (rows >= _ONEDNN_ROWS or w.numel() >= _ONEDNN_WEIGHTS):
         if rows == 2 and x.shape[1] <= _PAIR_WIDTH:
             return torch.mm(w, x.t()).t().contiguous()
         return _onednn(x, w, None, "none", [], "")
@@ -42,7 +42,7 @@ def _row_blocks(x: Tensor, rows: int, out: torch.dtype, itemsize: int, decode: C
     step = max(held // max(itemsize * x.shape[1], 1) // 128, 1) * 128
     if rows <= step:
         return matmul_nt(x, decode(0, rows)).to(out)
-    y = torch.empty(x.shape[0], rows, dtype=out)
+    y = x.new_empty(x.shape[0], rows, dtype=out)
     for i in range(0, rows, step):
         y[:, i : i + step] = matmul_nt(x, decode(i, min(i + step, rows)))
     return y

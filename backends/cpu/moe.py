@@ -39,9 +39,9 @@ def _moe_dispatch(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, num_exper
 @moe_combine.implement("cpu")
 def _moe_combine(rows_AD: Tensor, row_index_A: Tensor, *, tokens: int, topk: int) -> Tensor:
     if not row_index_A.numel():
-        return torch.zeros(tokens, rows_AD.shape[1])
+        return rows_AD.new_zeros(tokens, rows_AD.shape[1], dtype=torch.float32)
     index, order = torch.sort(row_index_A)
-    starts = torch.searchsorted(index, torch.arange(tokens, dtype=index.dtype) * topk)
+    starts = torch.searchsorted(index, torch.arange(tokens, dtype=index.dtype, device=index.device) * topk)
     # sums each token's rows in fp32 and in the order given, without a gathered copy
     return torch.nn.functional.embedding_bag(order, rows_AD.float(), starts, mode="sum")
 
@@ -59,7 +59,7 @@ def _one_token(x_1D: Tensor, ids_K: Tensor, weights_K: Tensor, w13: Tensor, w2: 
 def _many_tokens(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
     order_A, counts_E = _sorted_rows(ids_TK, w13.shape[0])
     tokens_A, weights_A = order_A.div(ids_TK.shape[1], rounding_mode="floor"), weights_TK.flatten()[order_A]
-    y_TD = torch.zeros(x_TD.shape)
+    y_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
     for e, i, j in segments(counts_E):
         rows = x_TD.index_select(0, tokens_A[i:j])
         rows = dense_expert(rows, weights_A[i:j], w13[e].to(rows.dtype), w2[e].to(rows.dtype), limit)
@@ -72,7 +72,7 @@ def _moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: 
     tokens, topk = ids_TK.shape
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, w13.dtype))
     if not tokens or not topk:
-        return torch.zeros(x_TD.shape)
+        return x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
     if tokens == 1:
         return _one_token(x_TD, ids_TK[0], weights_TK[0], w13, w2, limit)
     return _many_tokens(x_TD, ids_TK, weights_TK, w13, w2, limit)

@@ -26,6 +26,9 @@ class Rows:
         self._block_rows = cache.shape[1]
         self._flat = cache.view(-1, cache.shape[2]) if decode is None and cache.is_contiguous() else None
 
+    def _there(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers).to(self._cache.device)
+
     def _adjacent(self, used: Ints) -> bool:
         return len(used) == 1 or (int(used[-1]) - int(used[0]) == len(used) - 1 and bool((used[1:] > used[:-1]).all()))
 
@@ -49,7 +52,7 @@ class Rows:
             return self._flat[offset : offset + high - low].float()
         if len(used) == 1:
             return self._cache[int(used[0]), offset : offset + high - low].float()
-        copied = self._cache.index_select(0, torch.from_numpy(used))
+        copied = self._cache.index_select(0, self._there(used))
         return copied.view(-1, self._cache.shape[2])[offset : offset + high - low].float()
 
     def pick(self, rows: Ints) -> Tensor:
@@ -57,8 +60,8 @@ class Rows:
         block = self._blocks[rows // self._block_rows].astype(np.int64)
         inside = rows % self._block_rows
         if self._flat is None and self._decode is None:
-            return self._cache[torch.from_numpy(block), torch.from_numpy(inside)].float()
-        slots = torch.from_numpy(block * self._block_rows + inside)
+            return self._cache[self._there(block), self._there(inside)].float()
+        slots = self._there(block * self._block_rows + inside)
         if self._decode is not None:
             return self._decode(self._cache, slots)
         assert self._flat is not None

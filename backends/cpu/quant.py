@@ -30,7 +30,7 @@ def _pieces(x: Tensor) -> Iterator[slice]:
 
 @functools.cache
 def _bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+    return int(torch.tensor(value, dtype=torch.float32, device="cpu").view(torch.int32))
 
 
 def _exponents(largest: Tensor, limit: float) -> Tensor:
@@ -61,10 +61,10 @@ def _round_(y: Tensor, smallest: float, bits: int) -> Tensor:
     return y.div_(step).round_().mul_(step)
 
 
-@functools.lru_cache(maxsize=16)
-def _table(kind: str, dtype: torch.dtype) -> Tensor:
+@functools.lru_cache(maxsize=32)
+def _table(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Values of all 256 bytes: E4M3 and E8M0 codes one by one, FP4 bytes as pairs packed into one wider element."""
-    byte = torch.arange(256, dtype=torch.uint8)
+    byte = torch.arange(256, dtype=torch.uint8, device=device)
     if kind == "e4m3":
         return byte.view(torch.float8_e4m3fn).to(dtype)
     if kind == "e8m0":
@@ -74,7 +74,7 @@ def _table(kind: str, dtype: torch.dtype) -> Tensor:
 
 
 def _look_up(kind: str, code: Tensor, dtype: torch.dtype) -> Tensor:
-    return _table(kind, dtype).index_select(0, code.view(torch.uint8).reshape(-1).int())
+    return _table(kind, dtype, code.device).index_select(0, code.view(torch.uint8).reshape(-1).int())
 
 
 def fp8_values(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,8 +104,8 @@ def scale_blocks_(values: Tensor, scale: Tensor) -> Tensor:
 
 def _quant_groups(x_TK: Tensor, group: int, floor: float) -> tuple[Tensor, Tensor]:
     tokens, width = x_TK.shape
-    q = torch.empty(tokens, width, dtype=torch.float8_e4m3fn)
-    scale = torch.empty(tokens, -(-width // group), dtype=torch.uint8)
+    q = x_TK.new_empty(tokens, width, dtype=torch.float8_e4m3fn)
+    scale = x_TK.new_empty(tokens, -(-width // group), dtype=torch.uint8)
     for rows in _pieces(x_TK):
         y, exponent = _scaled(contracts.grouped(x_TK[rows].float(), group), floor, FP8_MAX)
         q[rows] = y.flatten(-2)[:, :width].to(torch.float8_e4m3fn)
@@ -128,8 +128,8 @@ def _quant_mxfp8(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 @contracts.quant_mxfp4.implement("cpu")
 def _quant_mxfp4(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     tokens, width = x_TK.shape
-    q = torch.empty(tokens, width // 2, dtype=torch.uint8)
-    scale = torch.empty(tokens, width // 32, dtype=torch.uint8)
+    q = x_TK.new_empty(tokens, width // 2, dtype=torch.uint8)
+    scale = x_TK.new_empty(tokens, width // 32, dtype=torch.uint8)
     for rows in _pieces(x_TK):
         y, exponent = _scaled(x_TK[rows].float().unflatten(-1, (-1, 32)), FP4_FLOOR, 6.0)
         sign, step = torch.signbit(y), _steps(y, _FP4_SMALLEST, _FP4_BITS)
@@ -144,7 +144,7 @@ def _quant_mxfp4(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 @contracts.quant_int8.implement("cpu")
 def _quant_int8(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    q, scale = torch.empty(x_TK.shape, dtype=torch.int8), torch.empty(x_TK.shape[0])
+    q, scale = x_TK.new_empty(x_TK.shape, dtype=torch.int8), x_TK.new_empty(x_TK.shape[0], dtype=torch.float32)
     for rows in _pieces(x_TK):
         q[rows], scale[rows] = contracts.quant_int8.reference(x_TK[rows])
     return q, scale
@@ -194,16 +194,16 @@ def _roundtrip_fp4(x: Tensor, *, group: int = 32) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _matrix(n: int) -> Tensor:
-    return contracts.hadamard.reference(torch.eye(n), compute=torch.float32)
+def _matrix(n: int, device: torch.device) -> Tensor:
+    return contracts.hadamard.reference(torch.eye(n, device=device), compute=torch.float32)
 
 
 @contracts.hadamard.implement("cpu")
 def _hadamard(x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.numel() <= PIECE:
-        return (rows.float() @ _matrix(x.shape[-1])).to(x.dtype).view(x.shape)
+        return (rows.float() @ _matrix(x.shape[-1], x.device)).to(x.dtype).view(x.shape)
     y = torch.empty_like(rows)
     for piece in _pieces(rows):
-        y[piece] = rows[piece].float() @ _matrix(x.shape[-1])
+        y[piece] = rows[piece].float() @ _matrix(x.shape[-1], x.device)
     return y.view(x.shape)

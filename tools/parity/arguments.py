@@ -10,7 +10,7 @@ def add(verbs: Any) -> None:
     p = verbs.add_parser(
         "parity", help="judge backends op by op against float64", description="Judge every op of the backends against float64."
     )
-    p.add_argument("--backend", action="append", metavar="NAME,...", help="default: every backend of this project")
+    p.add_argument("--backend", action="append", metavar="NAME,...", help="default: every backend that can run here")
     p.add_argument("--against", metavar="NAME", help="judge this backend on the same cases too, to compare")
     p.add_argument("--op", action="append", metavar="OP,...", help="default: every op")
     p.add_argument("--dtype", action="append", metavar="TYPE,...", help="fp32, bf16, fp16; default: fp32,bf16")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from backends import NAMES
 from ops.contract import CONTRACTS
 from ops.mutants import LEGAL, MUTANTS, Plant
-from ops.registry import load_backend
+from ops.registry import unavailable
 from tools import marked
 from tools.doctor import machine
 from tools.parity import gaps, report
@@ -50,12 +50,13 @@ def _refuse_existing(path: str | None, overwrite: bool) -> None:
 
 def execute(args: argparse.Namespace) -> tuple[dict[str, Any], Outcome]:
     """Run what the arguments ask for; the report's JSON form and the outcome."""
-    backends = _listed(args.backend, NAMES)
+    backends = _listed(args.backend, [name for name in NAMES if unavailable(name) is None])
     ops, dtypes, socs = _listed(args.op, sorted(CONTRACTS)), _listed(args.dtype, ("fp32", "bf16")), _listed(args.soc, ())
     _nearest("op", ops, sorted(CONTRACTS))
     _nearest("dtype", dtypes, list(TYPES))
     for name in [*backends, *([args.against] if args.against else [])]:
-        load_backend(name)
+        if why := unavailable(name):
+            raise ValueError(f"backend {name!r} can not run here: {why}")
     if args.samples < 1 or args.mutant_seeds < 0 or args.legal_seeds < 0:
         raise ValueError("--samples must be at least 1, --mutant-seeds and --legal-seeds not negative")
     plant = Plant.parse(args.plant) if args.plant else None
