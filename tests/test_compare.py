@@ -162,6 +162,12 @@ def test_what_is_no_number_is_a_difference(change: Any, counted: str, way: str, 
     assert all(row["theirs"][4] is None for row in found["prompts"])
 
 
+def test_the_mean_is_of_what_is_finite(run: Run, endpoint: Endpoint) -> None:
+    endpoint.tamper = lambda rows: at(4, _own(math.nan))(shifted(1, 0.3)(rows)) if len(rows) > LENGTHS[2] else rows
+    mean = run.json(code=1)["summary"]["mean_abs"]
+    assert mean == pytest.approx(0.3 * (LENGTHS[2] - 2) / (sum(LENGTHS) - 4), abs=NEAR / 10)
+
+
 def test_zero_tokens_compared_are_no_pass(run: Run, endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.accepts = {"steps"}
     out = tmp_path / "report.json"
@@ -382,8 +388,8 @@ def test_prompts_of_every_kind(tmp_path: Path, tokenizer: Tokenizer, texts: Prom
     ]  # fmt: skip
     assert [prompt.id for prompt in found] == ["1", "2", "3", "4"] and len(reader.read(file, 2)) == 2
     lines = tmp_path / "p.txt"
-    lines.write_text("Hi\r\n\n  there\n")
-    assert [prompt.text for prompt in reader.read(lines)] == [BOS + "Hi", BOS + "  there"]
+    lines.write_text(f"Hi\r\n\n  there\n{BOS}Hi there\n")
+    assert [prompt.text for prompt in reader.read(lines)] == [BOS + "Hi", BOS + "  there", BOS + "Hi there"]
     with pytest.raises(ValueError, match="give ids with --prompts"):
         Reader(None, reader.texts, 512, 99).read(None)
     with pytest.raises(ValueError, match="expected .jsonl"):

@@ -205,14 +205,14 @@ def test_where_a_server_reads_the_text_otherwise(
     assert all(entry == Entry() for entry in answer.entries[place:])
 
 
-def test_a_server_that_adds_its_own_bos(asker: Asker, endpoint: Endpoint, prompt: Prompt) -> None:
+def test_a_server_that_adds_its_own_bos(asker: Asker, endpoint: Endpoint, prompt: Prompt, tokenizer: Tokenizer) -> None:
     endpoint.adds_bos = True
     # vLLM can be told to leave it out
     assert asker.ask(Way("echo", text=True, extras=True), prompt).departure is None
     answer = asker.ask(Way("echo", text=True), prompt)
     assert (answer.same, answer.departure) == (1, (1, "The", BOS))
     # rows of prompt_logprobs hold other tokens beside the prompt's: ours among them is no agreement
-    endpoint.adds_bos, endpoint.tokenise = False, lambda text: [0, *endpoint.tokenizer.encode(text)]  # type: ignore[union-attr]
+    endpoint.adds_bos, endpoint.tokenise = False, lambda text: [0, *tokenizer.encode(text)]
 
     def beside(row: Row) -> None:
         row.top[0] = (prompt.ids[1], row.top[0][1])
