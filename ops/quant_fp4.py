@@ -166,7 +166,8 @@ def _quant_int8(x_TK: Tensor, *, compute: torch.dtype = torch.float32) -> tuple[
     notes, section 3). ValueError for integer input.
     """
     x = x_TK.float()
-    scale = x.abs().amax(-1) / 127 if x.shape[-1] else x.new_zeros(x.shape[0])
+    # a division by a number is a multiplication by its rounded inverse on some devices
+    scale = x.abs().amax(-1) / x.new_full((), 127) if x.shape[-1] else x.new_zeros(x.shape[0])
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (x / safe[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 

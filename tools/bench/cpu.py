@@ -165,7 +165,7 @@ def measure_ops(own: Own, sizes: Sizes, say: Callable[[str], None]) -> list[dict
     return rows
 
 
-def measure_load(directory: Path, say: Callable[[str], None], repeats: int = 3) -> dict[str, Any]:
+def measure_load(directory: Path, say: Callable[[str], None], repeats: int = 8) -> dict[str, Any]:
     """GB/s of loading the checkpoint and of reading it raw, file cache warm for both, taking turns; the best of each.
 
     Raw is `v4.load.raw_read_gb_per_s`: every tensor read by safetensors into memory of its own and kept, as a model must keep it.
