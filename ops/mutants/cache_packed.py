@@ -38,7 +38,7 @@ def _rope(change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _as_bytes(t: Tensor) -> Tensor:
-    return t.contiguous().view(torch.uint8)
+    return t.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _cut(t: Tensor) -> Tensor:
