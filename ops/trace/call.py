@@ -11,6 +11,9 @@ from torch import Tensor
 from ops.contract import CONTRACTS, Contract, Sample
 from ops.registry import signature
 
+ADDRESSES = frozenset({"window_table", "cmp_table", "block_table", "state_table", "slots"})
+"""Arguments that address caches."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -21,7 +24,7 @@ class Link:
     intact: bool
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """A call with its tensors.
 
@@ -54,6 +57,10 @@ class Call:
     def where(self) -> str:
         """Op, place, number of the call there and step, as the commands print them."""
         return f"{self.op}@{self.place}#{self.count} (step {self.step})"
+
+    def known_sum(self, argument: str) -> int | None:
+        """Checksum of an argument where it is that of `arguments` too: block tables and slots are renumbered when caches are cut."""
+        return None if argument in ADDRESSES else self.sums.get(argument)
 
     def cpu(self) -> Call:
         """The same call with its tensors on the CPU, where the golden is computed (not every device has float64)."""

@@ -40,13 +40,24 @@ class Cut:
         return cache.index_select(0, self.blocks.to(cache.device))
 
 
-def _kept(used: Tensor, total: int) -> Tensor:
-    near = torch.cat((used - 1, used, used + 1, used.new_tensor([0, total - 1])))
-    return near[(near >= 0) & (near < total)].unique()
+def _kept(used: set[int], total: int) -> list[int]:
+    return sorted({b for block in used for b in (block - 1, block, block + 1) if 0 <= b < total} | {0, total - 1})
 
 
-def _renumber(blocks: Tensor, kept: Tensor) -> Tensor:
-    return torch.searchsorted(kept, blocks.contiguous())
+def _like(values: list[int], t: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=t.dtype, device=t.device).view(t.shape)
+
+
+def _cut(cache: Tensor, cache_name: str, index: Tensor, index_name: str, *, slots: bool) -> Cut | None:
+    """The cut of one cache addressed by its blocks (0: none) or by flat slots (-1: none); None for addresses outside of it."""
+    addresses, rows, none = index.reshape(-1).tolist(), cache.shape[1] if slots else 1, -1 if slots else 0
+    total = cache.shape[0]
+    if not total or not rows or any(not none <= a < total * rows for a in addresses):
+        return None
+    kept = _kept({a // rows for a in addresses if a != none}, total)
+    place = {block: i for i, block in enumerate(kept)}
+    renumbered = [place[a // rows] * rows + a % rows if a >= 0 else a for a in addresses]
+    return Cut(cache_name, index_name, torch.tensor(kept), _like(renumbered, index))
 
 
 def cuts(op: str, arguments: Mapping[str, Any]) -> list[Cut]:
@@ -54,19 +65,10 @@ def cuts(op: str, arguments: Mapping[str, Any]) -> list[Cut]:
     found = []
     for cache_name, table_name in TABLES.get(op, ()):
         cache, table = arguments.get(cache_name), arguments.get(table_name)
-        if cache is None or table is None or not cache.shape[0]:
-            continue
-        blocks = table.detach().cpu().long()
-        if blocks.numel() and (int(blocks.min()) < 0 or int(blocks.max()) >= cache.shape[0]):
-            continue
-        kept = _kept(blocks[blocks > 0].unique(), cache.shape[0])
-        found.append(Cut(cache_name, table_name, kept, _renumber(blocks, kept).to(table.dtype).to(table.device)))
+        if cache is not None and table is not None:
+            found.append(_cut(cache, cache_name, table, table_name, slots=False))
     if op in SLOTS:
         cache_name, slots_name = SLOTS[op]
-        cache, slots = arguments[cache_name], arguments[slots_name]
-        rows, flat = cache.shape[1], slots.detach().cpu().long()
-        if cache.numel() and (not flat.numel() or (int(flat.min()) >= -1 and int(flat.max()) < cache.shape[0] * rows)):
-            kept = _kept((flat[flat >= 0] // rows).unique(), cache.shape[0])
-            new = torch.where(flat < 0, flat, _renumber(flat.clamp(min=0) // rows, kept) * rows + flat.clamp(min=0) % rows)
-            found.append(Cut(cache_name, slots_name, kept, new.to(slots.dtype).to(slots.device)))
-    return found
+        cache = arguments[cache_name]
+        found.append(_cut(cache, cache_name, arguments[slots_name], slots_name, slots=True))
+    return [cut for cut in found if cut is not None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -63,15 +62,20 @@ def raw(t: Tensor) -> memoryview:
     return _bytes(t).cpu().numpy().data
 
 
-def checksum(t: Tensor) -> int:
-    """CRC-32 of the tensor's bytes in the order of its elements."""
-    if t.device.type != "cpu" or not t.is_contiguous():
-        return zlib.crc32(raw(t))
-    # read where they lie: a run has hundreds of small tensors a step, and views of views cost more than their bytes
+def memory(t: Tensor) -> bytes | memoryview | ctypes.Array[ctypes.c_ubyte]:
+    """The same bytes, to be read at once: where they lie, or a copy where that costs less."""
+    if not t.is_cpu or not t.is_contiguous():
+        return raw(t)
+    # a run has hundreds of small tensors a step, and views of views cost more than their bytes
     size = t.nbytes
     if size <= _SMALL:
-        return zlib.crc32(ctypes.string_at(t.data_ptr(), size)) if size else 0
-    return zlib.crc32((ctypes.c_ubyte * size).from_address(t.data_ptr()))
+        return ctypes.string_at(t.data_ptr(), size) if size else b""
+    return (ctypes.c_ubyte * size).from_address(t.data_ptr())
+
+
+def checksum(t: Tensor) -> int:
+    """CRC-32 of the tensor's bytes in the order of its elements."""
+    return zlib.crc32(memory(t))
 
 
 def _flat(result: Any) -> list[Tensor]:
@@ -88,7 +92,8 @@ class Recorder:
     def __init__(self) -> None:
         self.number = 0
         self.step = -1
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self._counts: dict[tuple[str, str], int] = {}
+        self._alone: dict[str, str] = {}  # op -> its backend, where no shape decides
         self._sink: Sink | None = None
         self._binding: Binding | None = None
         self._parameters: dict[tuple[int, torch.Size, torch.dtype], str] = {}
@@ -102,6 +107,7 @@ class Recorder:
     def attach(self, model: nn.Module, binding: Binding, sink: Sink) -> None:
         """Pass calls on to `sink` from now on; forward passes of `model` are counted, its parameters and backends known by name."""
         self._binding, self._sink = binding, sink
+        self._alone = {op: impls[0].backend for op, impls in binding.impls.items() if len(impls) == 1}
         self._parameters = {(p.data_ptr(), p.shape, p.dtype): name for name, p in model.named_parameters()}
         model.register_forward_pre_hook(self._next_step)
 
@@ -122,27 +128,33 @@ class Recorder:
     def _wrap(self, place: str, op: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         names = self._names[op]
         caches = {cache for cache, _ in TABLES.get(op, ())} | ({SLOTS[op][0]} if op in SLOTS else set())
+        key = place, op
+        left_out: set[str] = set()  # caches, and arguments that are parameters at this place
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._sink is None or self._binding is None:
+            sink, binding = self._sink, self._binding
+            if sink is None or binding is None:
                 return fn(*args, **kwargs)
-            arguments = dict(zip(names, args, strict=False)) | kwargs
-            count = self._counts[place, op]
-            self._counts[place, op] += 1
-            impl = self._binding.backend_of(op, args, kwargs)
+            arguments = dict(zip(names, args, strict=False))
+            arguments.update(kwargs)
+            count = self._counts.get(key, 0)
+            self._counts[key] = count + 1
+            if not count:
+                left_out.update(caches, (n for n, v in arguments.items() if self._parameter(v) is not None))
+            impl = self._alone.get(op) or binding.backend_of(op, args, kwargs)
             made = Call(self.number, max(self.step, 0), place, op, count, impl, arguments)
             self.number += 1
-            parameters = {n: p for n, v in arguments.items() if (p := self._parameter(v)) is not None}
-            self._trace_back(made, caches | parameters.keys())
-            if self._sink.wants(place, op, made.step):
+            self._trace_back(made, left_out)
+            if sink.wants(place, op, made.step):
+                parameters = {n: p for n in left_out if (p := self._parameter(arguments.get(n))) is not None}
                 found = self._keep(made, lambda: fn(*args, **kwargs), parameters)
-                self._sink.kept(made, parameters)
+                sink.kept(made, parameters)
                 return found
             # results may be views of what the next op writes: looked at before anything else runs
             found = fn(*args, **kwargs)
             self._look(made, found)
-            made.arguments = {k: v for k, v in arguments.items() if k not in caches and k not in parameters}
-            self._sink.line(made)
+            made.arguments = {k: v for k, v in arguments.items() if k not in left_out}
+            sink.line(made)
             return found
 
         return call
@@ -190,6 +202,12 @@ def _written(made: Call, given: Mapping[str, Any], cut: Mapping[str, Cut], param
         if not isinstance(value, Tensor) or name in parameters or any(name == c.index for c in cut.values()):
             continue
         now = cut[name].of(value) if name in cut else value
-        if name in made.contract.mutates or not torch.equal(_bytes(now), _bytes(made.arguments[name])):
+        if name in made.contract.mutates:
+            same = False
+        elif name in made.sums:
+            same = checksum(now) == made.sums[name]
+        else:
+            same = torch.equal(_bytes(now), _bytes(made.arguments[name]))
+        if not same:
             changed[name] = now if name in cut else now.clone()
     return changed

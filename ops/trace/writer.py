@@ -19,11 +19,11 @@ from torch import Tensor
 from ops.contract import CONTRACTS, tensors_bytes
 from ops.registry import signature
 from ops.trace.call import Call
-from ops.trace.record import Selection, checksum, raw
+from ops.trace.record import Selection, checksum, memory
 
 FORMAT, VERSION = "v4-trace", 1
 LINES = "calls.jsonl"
-SHARD = 64 * 2**20
+SHARD = 16 * 2**20
 """Bytes of tensors gathered before a file is written."""
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 
@@ -110,7 +110,7 @@ class Writer:
         )
 
     def _noted(self, t: Tensor, total: int) -> str:
-        key = (t.dtype, t.shape, t.stride())
+        key = (t.dtype, t.shape) if t.is_contiguous() else (t.dtype, t.shape, t.stride())
         if (head := self._heads.get(key)) is None:
             head = self._heads[key] = _JSON.encode(_tensor_form(t))[:-1]
         return f'{head},"crc":"{total:08x}"}}'
@@ -130,12 +130,13 @@ class Writer:
             return
         self._kept += 1
         arguments = {
-            n: self._parameter(v, parameters[n]) if n in parameters else self._stored_form(v) for n, v in call.arguments.items()
+            n: self._parameter(v, parameters[n]) if n in parameters else self._stored_form(v, call.known_sum(n))
+            for n, v in call.arguments.items()
         }
         self._call(
             call,
             arguments,
-            [self._stored_form(t) for t in call.outputs],
+            [self._stored_form(t, total) for t, total in zip(call.outputs, call.output_sums, strict=True)],
             written={n: self._stored_form(t) for n, t in call.written.items()},
             kept=True,
         )
@@ -178,16 +179,14 @@ class Writer:
         links = {name: [link.number, link.output] for name, link in call.links.items()}
         self._write({**head, "from": links, "in": arguments, "out": outputs, **more})
 
-    def _stored_form(self, value: Any) -> Any:
+    def _stored_form(self, value: Any, total: int | None = None) -> Any:
         if not isinstance(value, Tensor):
             return _plain(value)
-        data = raw(value)
-        key = (
-            hashlib.sha1(data, usedforsecurity=False).hexdigest()[:20]
-            + f"-{short(value.dtype)}-{'x'.join(map(str, value.shape))}"
-        )
+        data = memory(value)
+        digest = hashlib.sha1(data, usedforsecurity=False).hexdigest()[:20]
+        key = f"{digest}-{short(value.dtype)}-{'x'.join(map(str, value.shape))}"
         self._store(key, value)
-        return _tensor_form(value, crc=f"{zlib.crc32(data):08x}", key=key)
+        return _tensor_form(value, crc=f"{zlib.crc32(data) if total is None else total:08x}", key=key)
 
     def _parameter(self, value: Tensor, name: str) -> dict[str, Any]:
         if name not in self._sums:
@@ -208,8 +207,8 @@ class Writer:
         if not self._pending:
             return
         path = self.folder / f"tensors-{len(self._files) + 1:05d}.safetensors"
-        # copies, because parts of one storage can not be saved by themselves
-        save_file({k: t.clone() for k, t in self._pending.items()}, path)
+        # parts of a larger storage can not be saved by themselves
+        save_file({k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in self._pending.items()}, path)
         self._files[path.name] = path.stat().st_size
         self._pending, self._gathered = {}, 0
 
