@@ -6,15 +6,20 @@ what this finds on a CPU is what would fail, or be copied back and forth, on an 
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import v4
 from ops.contract import CONTRACTS
 from ops.judge import golden_of, judge
-from ops.registry import bind
+from ops.registry import bind, unavailable
 from tests import tiny
 
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -30,6 +35,15 @@ def test_ops_stay_where_their_arguments_are(op: str, dtype: torch.dtype) -> None
     for sample in contract.samples(dtype, 0):
         verdict = judge(contract, elsewhere, sample, golden=golden_of(contract, sample))
         assert verdict.ok, verdict
+
+
+def test_asking_for_a_backend_that_can_not_run_changes_no_setting() -> None:
+    if unavailable("cuda") is None:
+        pytest.skip("there is a CUDA device here")
+    setting = "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction"
+    code = f"import torch\nbefore = {setting}\nimport backends.cuda\nbackends.cuda.probe()\nassert {setting} == before"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["flash", "pro"])

@@ -1,7 +1,4 @@
 """NVIDIA GPUs: so far every op is plain torch on the device, the one that the cpu backend runs too.
-
-Importing this module switches one torch setting, for results that the contracts allow: sums of bf16 products are not split into parts
-that are added in bf16.
 """
 
 import torch
@@ -14,8 +11,6 @@ __all__ = ["DEVICE", "PLAIN", "backends", "memory_available", "probe", "unavaila
 
 DEVICE = torch.device("cuda")
 PLAIN = "plain torch"
-
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 for _contract in CONTRACTS.values():
     if (_plain := _contract.impls.get("cpu")) is not None:

@@ -17,10 +17,15 @@ def unavailable() -> str | None:
 
 
 def probe() -> Probe:
-    """Compute capability as the chip ("sm90") and versions; without a device a probe that has nothing."""
+    """Compute capability as the chip ("sm90") and versions; without a device a probe that has nothing.
+
+    Where there is a device, one torch setting is switched for the process, since the contracts ask for it: sums of bf16 products are not
+    split into parts that are added in bf16. Every binding probes first; `v4 doctor` on another machine leaves the setting alone.
+    """
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda or "absent"}
     if unavailable() is not None:
         return Probe(device="cuda", versions=versions)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     major, minor = torch.cuda.get_device_capability()
     return Probe(device="cuda", soc=f"sm{major}{minor}", versions={**versions, "device": torch.cuda.get_device_name()})
 

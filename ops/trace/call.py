@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ops.contract import CONTRACTS, Contract, Sample
 from ops.registry import signature
-
-ADDRESSES = frozenset({"window_table", "cmp_table", "block_table", "state_table", "slots"})
-"""Arguments that address caches."""
+from ops.trace.compact import ADDRESSES
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ SLOTS: Mapping[str, tuple[str, str]] = dict.fromkeys(
 """Per op: a cache [blocks, P, W] and the flat slots (block * P + row, -1 for none) written in it."""
 
 
+ADDRESSES = frozenset(index for pairs in (*TABLES.values(), SLOTS.values()) for _, index in pairs)
+"""Arguments that are renumbered when caches are cut."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """Blocks of one cache that are kept, in order, and the argument that addresses them."""

@@ -7,8 +7,11 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from tools import marked
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,8 +41,15 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _publish(args: argparse.Namespace, report: dict[str, Any], mark: str, page: str) -> None:
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if args.markdown:
+        marked.put(args.markdown, mark, page)
+    print(page)
+
+
 def _trace(args: argparse.Namespace) -> int:
-    from tools import marked
     from tools.bench import trace
 
     try:
@@ -47,11 +57,7 @@ def _trace(args: argparse.Namespace) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"tools.bench: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if args.markdown:
-        marked.put(args.markdown, trace.MARK, trace.markdown(report))
-    print(trace.markdown(report))
+    _publish(args, report, trace.MARK, trace.markdown(report))
     return 0
 
 
@@ -78,7 +84,6 @@ def main(argv: list[str] | None = None) -> int:
         if wanted and importlib.util.find_spec(package) is None:
             print(f"tools.bench: {package} is not installed; pip install -e .[test,dev]", file=sys.stderr)
             return 2
-    from tools import marked
     from tools.bench import cpu, plots, table
 
     sections = [s for s in args.sections.split(",") if s]
@@ -98,13 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"tools.bench: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if args.markdown:
-        marked.put(args.markdown, table.MARK, table.markdown(report))
     if args.plot:
         plots.context_plot(report, args.plot)
-    print(table.markdown(report))
+    _publish(args, report, table.MARK, table.markdown(report))
     return 0
 
 
