@@ -18,6 +18,8 @@ from tools.bench.peer import Peer
 from v4.load import raw_read_gb_per_s
 
 SECTIONS = ("prefill", "decode", "long", "ops", "load")
+UNLIKE = 1.15
+"""Ratio of bandwidths before and after a group of steps from which on the machine counts as changed in between."""
 
 
 class Side(Protocol):
@@ -44,8 +46,8 @@ class Sizes:
 
     prompt: int = 4096
     chunks: tuple[int, ...] = (256, 512, 1024, 2048)
-    rounds: int = 5
-    steps: int = 16
+    groups: int = 24
+    steps: int = 8
     long: tuple[int, ...] = (2**18, 2**20)
     long_rounds: int = 2
     long_steps: int = 4
@@ -54,7 +56,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    prompt=1024, chunks=(256, 512), rounds=3, steps=8, long=(2**16,), long_rounds=1, contexts=(2**12, 2**14, 2**16), op_rounds=3
+    prompt=1024, chunks=(256, 512), groups=6, steps=8, long=(2**16,), long_rounds=1, contexts=(2**12, 2**14, 2**16), op_rounds=3
 )
 
 
@@ -99,27 +101,37 @@ def measure_decode(own: Own, peer: Side, vocabulary: int, sizes: Sizes, say: Cal
         side.prefill(ids, min(512, sizes.prompt))
         for _ in range(3):
             side.step()
-    # one bandwidth before each round, against the steps that follow it: on a shared machine both move together
-    needed = own.floor_bytes(sizes.prompt)
-    rounds: list[dict[str, Any]] = []
-    for _ in range(sizes.rounds):
-        rate = machine.bandwidth()
-        taken = alternate((own, peer), 1, sizes.steps)
-        rounds.append(
+    needed, meter = own.floor_bytes(sizes.prompt), machine.Meter()
+    groups: list[dict[str, float]] = []
+    for _ in range(sizes.groups):
+        before = meter.now()
+        mine = sum(own.step() for _ in range(sizes.steps)) / sizes.steps
+        after = meter.now()
+        theirs = sum(peer.step() for _ in range(sizes.steps)) / sizes.steps
+        rate = (before + after) / 2
+        groups.append(
             {
-                **taken,
-                **{k: v for k, v in rate.items() if k != "method"},
-                "of_floor": needed["total"] / 1e9 / rate["best"] / taken["v4"],
+                own.name: mine,
+                peer.name: theirs,
+                "before": before,
+                "after": after,
+                "of_floor": needed["total"] / 1e9 / rate / mine,
             }
         )
-    seconds = {side.name: statistics.median(r[side.name] for r in rounds) for side in (own, peer)}
-    best = statistics.median(r["best"] for r in rounds)
+    steady = [g for g in groups if max(g["before"], g["after"]) < UNLIKE * min(g["before"], g["after"])]
+    if not steady:
+        raise ValueError(
+            f"memory bandwidth changed by more than {UNLIKE - 1:.0%} within each of {len(groups)} groups of steps: is the machine busy?"
+        )
+    seconds = {side.name: statistics.median(g[side.name] for g in groups) for side in (own, peer)}
+    best = statistics.median((g["before"] + g["after"]) / 2 for g in steady)
     floor = needed["total"] / 1e9 / best
     counted = own.op_bytes()
     own.reset()
     peer.reset()
     say(
-        f"decode at {sizes.prompt}: {seconds}, floor {floor:.4f} s at {best:.1f} GB/s, of floor {[round(r['of_floor'], 2) for r in rounds]}"
+        f"decode at {sizes.prompt}: {seconds}, floor {floor:.4f} s at {best:.1f} GB/s, of floor {[round(g['of_floor'], 2) for g in groups]}, "
+        f"{len(steady)} of {len(groups)} groups steady"
     )
     return {
         "tokens": sizes.prompt,
@@ -128,9 +140,10 @@ def measure_decode(own: Own, peer: Side, vocabulary: int, sizes: Sizes, say: Cal
         "floor_bytes": needed,
         "contract_bytes": counted,
         "bandwidth": {"best": best, "method": machine.METHOD},
-        "rounds": rounds,
+        "groups": groups,
+        "steady": len(steady),
         "floor_seconds": floor,
-        "of_floor": statistics.median(r["of_floor"] for r in rounds),
+        "of_floor": statistics.median(g["of_floor"] for g in steady),
     }
 
 

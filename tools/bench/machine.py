@@ -12,35 +12,30 @@ from typing import Any
 import torch
 
 METHOD = (
-    "best of several passes over fp32 buffers of 1 GiB with the run's threads: torch.sum (read), matrix-vector product (read), "
-    "copy (read and write counted); the largest is taken, measured anew before every round of steps; medians over the rounds"
+    "one pass each of torch.sum (read) and copy (read and write counted) over fp32 buffers of 1 GiB with the run's threads, the faster of the two; "
+    "taken before and after every group of steps, and groups between unlike bandwidths left out; medians over the groups"
 )
 
 
-def best_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Shortest wall time of `repeats` calls, after one that is not counted; seconds."""
+class Meter:
+    """Memory bandwidth at this moment. Shared machines change it within seconds, so a measurement needs it close by."""
+
+    def __init__(self, gibibytes: float = 1.0) -> None:
+        self.source = torch.ones(int(gibibytes * 2**30) // 4)
+        self.target = torch.empty_like(self.source)
+        self.now()
+
+    def now(self) -> float:
+        """GB/s: the faster of one pass of reading and one of copying (both directions counted)."""
+        size = self.source.numel() * 4 / 1e9
+        return max(size / seconds(self.source.sum), 2 * size / seconds(lambda: self.target.copy_(self.source)))
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call, seconds."""
+    began = time.perf_counter()
     call()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def bandwidth(gibibytes: float = 1.0, repeats: int = 5) -> dict[str, Any]:
-    """Memory bandwidth in GB/s by method, and `best`, the largest of them."""
-    n = int(gibibytes * 2**30) // 4
-    source = torch.ones(n)
-    matrix, vector = source[: n // 4096 * 4096].view(-1, 4096), torch.ones(4096)
-    size = n * 4 / 1e9
-    found = {
-        "sum": size / best_seconds(source.sum, repeats),
-        "matrix_vector": matrix.numel() * 4 / 1e9 / best_seconds(lambda: torch.mv(matrix, vector), repeats),
-    }
-    target = torch.empty_like(source)
-    found["copy"] = 2 * size / best_seconds(lambda: target.copy_(source), repeats)
-    return {**found, "best": max(found.values()), "method": METHOD}
+    return time.perf_counter() - began
 
 
 def _processor() -> str:

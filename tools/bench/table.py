@@ -58,7 +58,13 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if "decode" in report:
         b = report["decode"]["bandwidth"]
-        lines += ["", f"Bandwidth {b['best']:.1f} GB/s: {b['method']}."]
+        d = report["decode"]
+        low, high = (f(g["of_floor"] for g in d["groups"]) for f in (min, max))
+        lines += [
+            "",
+            f"Bandwidth {b['best']:.1f} GB/s: {b['method']}. {d['steady']} of {len(d['groups'])} groups counted; shares of the floor "
+            f"from {low:.2f} to {high:.2f} over all of them.",
+        ]
     if "ops" in report:
         contexts = [r["tokens"] for r in report["ops"]]
         lines += [

@@ -12,13 +12,13 @@ using v4::dots;
 void row_times(const float* row, const float* x, long stride, long tokens, long k, float* out) {
   switch (tokens) {
     case 1:
-      return dots<1>(row, x, stride, k, out);
+      return dots<1, true>(row, x, stride, k, out);
     case 2:
-      return dots<2>(row, x, stride, k, out);
+      return dots<2, true>(row, x, stride, k, out);
     case 3:
-      return dots<3>(row, x, stride, k, out);
+      return dots<3, true>(row, x, stride, k, out);
     default:
-      return dots<4>(row, x, stride, k, out);
+      return dots<4, true>(row, x, stride, k, out);
   }
 }
 
@@ -46,7 +46,7 @@ float gate_score(float logit) { return std::sqrt(logit > 20.0f ? logit : std::lo
 
 void score(const float* x, const float* w, float* scores, long experts, long d, int threads) {
   v4::spread_rows(threads, experts, d, [&](long first, long end) {
-    for (long e = first; e < end; ++e) scores[e] = gate_score(v4::dot(w + e * d, x, d));
+    for (long e = first; e < end; ++e) scores[e] = gate_score(v4::row_dot(w + e * d, x, d));
   });
 }
 
@@ -85,7 +85,7 @@ int v4_moe(const float* x, const int32_t* ids, const float* weights, const float
   v4::spread_rows(threads, choices * 2 * width, d, [&](long first, long end) {
     for (long r = first; r < end; ++r) {
       const long j = r / (2 * width), row = r % (2 * width);
-      hidden[r] = v4::dot(w13 + (ids[j] * 2 * width + row) * d, x + j / topk * d, d);
+      hidden[r] = v4::row_dot(w13 + (ids[j] * 2 * width + row) * d, x + j / topk * d, d);
     }
   });
   for (long j = 0; j < choices; ++j) {
@@ -95,7 +95,7 @@ int v4_moe(const float* x, const int32_t* ids, const float* weights, const float
   v4::spread_rows(threads, choices * d, width, [&](long first, long end) {
     for (long r = first; r < end; ++r) {
       const long j = r / d;
-      part[r] = v4::dot(w2 + (ids[j] * d + r % d) * width, hidden.data() + j * 2 * width, width);
+      part[r] = v4::row_dot(w2 + (ids[j] * d + r % d) * width, hidden.data() + j * 2 * width, width);
     }
   });
   for (long t = 0; t < tokens; ++t) {

@@ -19,8 +19,12 @@ inline float total(Lanes v) {
   return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
-// Dot products of one row of weights with T vectors that lie `stride` floats apart: the row is read from memory once.
-template <int T>
+// Bytes that reading weights asks for in advance: the processor's own reading ahead stops at every page of 4 KiB.
+constexpr long kInAdvance = 4096;
+
+// Dot products of one row of weights with T vectors that lie `stride` floats apart: the row is read from memory once. kStream: what
+// lies behind the row is wanted next.
+template <int T, bool kStream = false>
 inline void dots(const float* row, const float* x, long stride, long n, float* out) {
   constexpr int kSums = T == 1 ? 8 : T == 2 ? 4 : 2;  // in flight: enough for the latency of multiply-adds and of memory
   Lanes sum[T][kSums];
@@ -29,6 +33,7 @@ inline void dots(const float* row, const float* x, long stride, long n, float* o
   long i = 0;
   for (; i + kSums * kLanes <= n; i += kSums * kLanes)
     for (int u = 0; u < kSums; ++u) {
+      if constexpr (kStream) __builtin_prefetch(reinterpret_cast<const char*>(row + i + u * kLanes) + kInAdvance, 0, 2);
       const Lanes w = load(row + i + u * kLanes);
       for (int t = 0; t < T; ++t) sum[t][u] += w * load(x + t * stride + i + u * kLanes);
     }
@@ -47,6 +52,13 @@ inline void dots(const float* row, const float* x, long stride, long n, float* o
 inline float dot(const float* a, const float* b, long n) {
   float out;
   dots<1>(a, b, 0, n, &out);
+  return out;
+}
+
+// dot of a row of weights, of which the next one follows in memory and will be read too
+inline float row_dot(const float* row, const float* x, long n) {
+  float out;
+  dots<1, true>(row, x, 0, n, &out);
   return out;
 }
 
