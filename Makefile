@@ -57,7 +57,7 @@ test-all: $(READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m ""
 
 parity-nightly: $(READY)
-	$(BIN)/v4 parity --samples 520 --min-cases 100000 --mutant-seeds 20 --legal-seeds 50 --html build/parity.html --json build/parity.json --overwrite
+	$(BIN)/v4 parity --jobs 0 --samples 520 --min-cases 100000 --mutant-seeds 20 --legal-seeds 50 --html build/parity.html --json build/parity.json --overwrite
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -140,3 +140,40 @@ def test_other_rules_on_one_op() -> None:
     mine = table["this judge"]
     assert mine["caught"] == mine["mutants"] > 20 and mine["false_alarms"] == 0 < mine["legal_cases"]
     assert table["cosine > 0.99"]["caught"] < mine["caught"]
+
+
+def test_processes_share_the_work_without_changing_it(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--op",
+        "rms_norm,rope,gate_hash",
+        "--backend",
+        "cpu",
+        "--samples",
+        "12",
+        "--mutant-seeds",
+        "2",
+        "--legal-seeds",
+        "2",
+    ]
+    alone, shared = (run(capsys, *options, "--jobs", jobs) for jobs in ("1", "2"))
+    assert alone[0] == shared[0] == 0 and alone[1]["cases"] > 72
+    assert {k: v for k, v in shared[1].items() if k != "command"} == {k: v for k, v in alone[1].items() if k != "command"}
+
+
+def test_a_fault_is_found_by_processes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--op",
+        "rms_norm,rope",
+        "--backend",
+        "cpu",
+        "--plant",
+        "rms_norm:eps_times_10",
+        "--mutant-seeds",
+        "0",
+        "--legal-seeds",
+        "0",
+        "--jobs",
+        "2",
+    ]
+    code, found = run(capsys, *options)
+    assert code == 1 and found["failures"] and all(f["op"] == "rms_norm" for f in found["failures"])

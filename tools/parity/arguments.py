@@ -28,7 +28,8 @@ def add(verbs: Any) -> None:
     p.add_argument(
         "--legal-seeds", type=int, default=1, metavar="N", help="seeds on which it must accept every legal variant; default 1"
     )
-    p.add_argument("--threads", type=int, metavar="N", help="torch threads; default 1")
+    p.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the work; 0: one per core; default 1")
+    p.add_argument("--threads", type=int, metavar="N", help="torch threads of each process; default 1")
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="machine form, to FILE or instead of the text")
     p.add_argument("--html", metavar="FILE", help="one self-contained page")
     p.add_argument("--markdown", metavar="FILE", help="put the counts by op between the marks of this page")

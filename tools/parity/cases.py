@@ -64,6 +64,11 @@ class Outcome:
     cases: list[Case] = field(default_factory=list)
     holes: dict[Combination, str] = field(default_factory=dict)
 
+    def merge(self, other: Outcome) -> None:
+        """Add what another run found."""
+        self.cases += other.cases
+        self.holes |= other.holes
+
     @property
     def failures(self) -> list[Case]:
         """Cases whose verdict is wrong, the worst first."""

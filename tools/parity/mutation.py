@@ -26,6 +26,14 @@ class Mutation:
     legal: Counter[str] = field(default_factory=Counter)
     false_alarms: list[str] = field(default_factory=list)
 
+    def merge(self, other: Mutation) -> None:
+        """Add what another run found."""
+        self.tried += other.tried
+        self.survivors += other.survivors
+        self.judged += other.judged
+        self.legal += other.legal
+        self.false_alarms += other.false_alarms
+
     @property
     def total(self) -> int:
         """Mutants tried."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ from ops.registry import unavailable
 from tools import marked
 from tools.doctor import machine
 from tools.parity import gaps, report
-from tools.parity.cases import TYPES, Outcome, combinations, judge_combination
-from tools.parity.mutation import Mutation, kill, tolerate
+from tools.parity.cases import TYPES, Outcome, combinations
+from tools.parity.mutation import Mutation
+from tools.parity.work import Cases, Unit, Variants, perform
 
 
 def _nearest(what: str, found: Sequence[str], known: Sequence[str]) -> None:
@@ -57,33 +59,26 @@ def execute(args: argparse.Namespace) -> tuple[dict[str, Any], Outcome]:
     for name in [*backends, *([args.against] if args.against else [])]:
         if why := unavailable(name):
             raise ValueError(f"backend {name!r} can not run here: {why}")
-    if args.samples < 1 or args.mutant_seeds < 0 or args.legal_seeds < 0:
-        raise ValueError("--samples must be at least 1, --mutant-seeds and --legal-seeds not negative")
+    if args.samples < 1 or args.mutant_seeds < 0 or args.legal_seeds < 0 or args.jobs < 0:
+        raise ValueError("--samples must be at least 1, --mutant-seeds, --legal-seeds and --jobs not negative")
     plant = Plant.parse(args.plant) if args.plant else None
     if plant and (plant.place or plant.step is not None):
         raise ValueError(f"--plant {args.plant}: places and steps exist in a model run only; give OP:MUTANT")
     cells = combinations(backends, ops, dtypes, socs)
-    outcome, mutation = Outcome(), Mutation()
     tried, tolerated = [o for o in ops if o in MUTANTS], [o for o in ops if o in LEGAL]
     mutant_seeds = range(args.seed, args.seed + args.mutant_seeds)
     legal_seeds = range(args.seed, args.seed + args.legal_seeds)
-    work = len(cells) * args.samples + len(tried) * len(mutant_seeds) + len(tolerated) * len(legal_seeds)
+    units: list[Unit] = [Cases(where, args.seed, args.samples, args.sample, args.plant, args.against) for where in cells]
+    units += [Variants(op, seed, legal=False) for op in tried for seed in mutant_seeds]
+    units += [Variants(op, seed, legal=True) for op in tolerated for seed in legal_seeds]
     with tqdm(
-        total=None if args.samples == 1 else work,
+        total=None if args.samples == 1 else sum(u.size for u in units),
         desc="parity",
         unit="case",
         disable=args.quiet or not sys.stderr.isatty(),
         delay=2,
     ) as bar:
-        for where in cells:
-            judge_combination(
-                where, outcome, seed=args.seed, at_least=args.samples, sample=args.sample, plant=plant, against=args.against,
-                step=bar.update,
-            )  # fmt: skip
-        for op in tried:
-            kill(op, mutant_seeds, mutation, bar.update)
-        for op in tolerated:
-            tolerate(op, legal_seeds, mutation, bar.update)
+        outcome, mutation = perform(units, args.jobs or os.cpu_count() or 1, args.threads or 1, bar.update)
     known = gaps.load(backends)
     holes = [] if args.sample else list(outcome.holes)
     new, unused = gaps.compare(holes, cells, known)
