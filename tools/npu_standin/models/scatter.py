@@ -15,7 +15,7 @@ def write_rows(table: Tensor, slots: Tensor, rows: Tensor) -> None:
     for g in (counts > 1).nonzero().flatten().tolist():
         same = rows[group == g].reshape(int(counts[g]), -1).contiguous().view(torch.uint8)
         if not torch.equal(same, same[:1].expand_as(same)):
-            poison(table[slots[group == g][0]])
+            poison(table[int(slots[group == g][0])])
 
 
 @model("custom::scatter_nd_update_asc", socs=OLDER)
