@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 MODELS: dict[str, Callable[..., Any]] = {}
 """Models by op name. Filled by `load()`; keys are `namespace::op`."""
@@ -101,3 +103,10 @@ def require_shape(op: str, name: str, tensor: Tensor, *shape: int | None) -> Non
     fits = tensor.dim() == len(shape) and all(want is None or want == size for want, size in zip(shape, tensor.shape, strict=True))
     wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
     require(fits, op, f"{name} {list(tensor.shape)}", f"{name} {wanted}")
+
+
+def needed(op: str, name: str, value: T | None) -> T:
+    """`value`, or Refused when it is None: the op documents the argument as required."""
+    require(value is not None, op, f"{name} None", f"{name} given")
+    assert value is not None
+    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tools.npu_standin.models import OLDER, model, poison, require, require_dtype, require_shape, soc, undefined
+from tools.npu_standin.models import OLDER, model, needed, poison, require, require_dtype, require_shape, soc, undefined
 from tools.npu_standin.models.blocks import mx_quantised
 from tools.npu_standin.models.rounding import int8_per_row
 
@@ -75,11 +75,11 @@ def npu_moe_init_routing_v2(
     used = order.numel()
     expanded = undefined((total, *rows.shape[1:]), rows.dtype)
     expanded[:used] = rows
-    wide = row_scale is not None and row_scale.dim() > 1
-    scales = undefined((total, *row_scale.shape[1:]) if wide and row_scale is not None else (total,), torch.float32 if not wide or row_scale is None else row_scale.dtype)
+    scales = undefined((total,), torch.float32) if row_scale is None else undefined((total, *row_scale.shape[1:]), row_scale.dtype)
     if row_scale is not None:
         scales[:used] = row_scale
-    return expanded, _row_index(op, order, total, row_idx_type), _tokens(op, flat[order], low, high, expert_tokens_num_type, expert_tokens_num_flag), scales
+    tokens = _tokens(op, flat[order], low, high, expert_tokens_num_type, expert_tokens_num_flag)
+    return expanded, _row_index(op, order, total, row_idx_type), tokens, scales
 
 
 def _row_index(op: str, order: Tensor, total: int, kind: int) -> Tensor:
@@ -138,10 +138,9 @@ def npu_moe_finalize_routing(
     table = index.long().view(per_token, tokens).T if drop_pad_mode == 0 else index.long().view(tokens, per_token)
     found = rows.float()[table]
     if bias is not None:
-        require(export_for_source_row is not None, op, "bias without export_for_source_row", "expert ids [T, k] with bias [E, H]")
-        assert export_for_source_row is not None
-        require_shape(op, "export_for_source_row", export_for_source_row, tokens, per_token)
-        found = found + bias.float()[export_for_source_row.long()]
+        experts = needed(op, "export_for_source_row (bias is given)", export_for_source_row)
+        require_shape(op, "export_for_source_row", experts, tokens, per_token)
+        found = found + bias.float()[experts.long()]
     if scales is not None:
         require_shape(op, "scales", scales, tokens, per_token)
         found = found * scales.float()[..., None]
