@@ -51,15 +51,19 @@ class Binding:
 
     def backend_of(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """The backend that runs this call: the first of the op's implementations whose shape rule takes it."""
-        return next(i.backend for i in self.impls[op] if i.when is None or i.when(*args, **kwargs))
+        return self.impl_of(op, args, kwargs).backend
+
+    def impl_of(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Impl:
+        """The implementation that runs this call: the first one whose shape rule takes it."""
+        return next(i for i in self.impls[op] if i.when is None or i.when(*args, **kwargs))
 
     def explain(self) -> str:
         """Table of op, implementation used, and each refusal."""
         width = max((len(c.op) for c in self.choices), default=2)
         lines = [f"{'op':<{width}}  used"]
         for c in self.choices:
-            refused = "; ".join(f"{b}: {r}" for b, r in c.notes if b not in c.used)
-            lines.append(f"{c.op:<{width}}  {' -> '.join(c.used)}" + (f"   ({refused})" if refused else ""))
+            told = "; ".join(f"{b}: {r}" for b, r in c.notes if b not in c.used or not r.startswith("used"))
+            lines.append(f"{c.op:<{width}}  {' -> '.join(c.used)}" + (f"   ({told})" if told else ""))
         return "\n".join(lines)
 
     def table(self) -> list[dict[str, Any]]:
@@ -133,6 +137,31 @@ def _checked(contract: Contract, fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _usable(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype) -> tuple[list[Impl], list[str]]:
+    """The backend's implementations that can be bound, up to the first that takes every call, and the reasons of those before it that can not."""
+    found: list[Impl] = []
+    refused: list[str] = []
+    for impl in contract.candidates(backend):
+        if (reason := impl.refusal(probe, dtype)) is not None:
+            refused.append(f"{impl.name}: {reason}" if impl.name else reason)
+            continue
+        found.append(impl)
+        if impl.when is None:
+            break
+    return found, refused
+
+
+def _note(own: Sequence[Impl], refused: Sequence[str]) -> str:
+    """What a backend answers for an op: what runs, under which condition, and why the rest does not."""
+    if not own:
+        return "; ".join(refused) or "not written"
+    if len(own) == 1 and not own[0].name:
+        used = own[0].note or ("used" if own[0].when is None else "used where its shape rule holds")
+    else:
+        used = ", else ".join(i.label + (f" [{i.note}]" if i.name and i.note else "") + (" where its shape rule holds" if i.when else "") for i in own)
+    return used + (f" ({'; '.join(refused)})" if refused else "")
+
+
 def _choose(
     contract: Contract,
     order: Sequence[str],
@@ -143,21 +172,19 @@ def _choose(
 ) -> tuple[list[Impl], Choice]:
     usable: list[Impl] = []
     notes: list[tuple[str, str]] = []
+
+    def decided() -> tuple[list[Impl], Choice]:
+        return usable, Choice(contract.name, tuple(dict.fromkeys(i.backend for i in usable)), tuple(notes))
+
     for backend in order:
-        impl = contract.impls.get(backend)
-        reason = impl.refusal(probes[backend], dtype) if impl else "not written"
-        if impl and reason is None:
-            usable.append(impl)
-            notes.append((backend, impl.note or ("used" if impl.when is None else "used where its shape rule holds")))
-            if impl.when is None:
-                return usable, Choice(contract.name, tuple(i.backend for i in usable), tuple(notes))
-            continue
-        if contract.compose and all(chosen[p].used == (backend,) for p in contract.parts):
-            notes.append((backend, f"composed of {', '.join(contract.parts)}" + (f" ({reason})" if impl else "")))
+        own, refused = _usable(contract, backend, probes[backend], dtype)
+        if (not own or own[-1].when is not None) and contract.compose and all(chosen[p].used == (backend,) for p in contract.parts):
             fn = contract.compose(SimpleNamespace(**{p: getattr(ops, p) for p in contract.parts}))
-            usable.append(Impl(backend, fn, frozenset(), frozenset(), (), None, "composed"))
-            return usable, Choice(contract.name, tuple(i.backend for i in usable), tuple(notes))
-        notes.append((backend, reason or "not written"))
+            own.append(Impl(backend, fn, frozenset(), frozenset(), (), None, f"composed of {', '.join(contract.parts)}"))
+        notes.append((backend, _note(own, refused)))
+        usable += own
+        if own and own[-1].when is None:
+            return decided()
     listing = "\n".join(f"  {b:14s} {r}" for b, r in notes)
     raise NoImplementation(
         f"{contract.name}: no implementation takes every input for {dtype}\n{listing}\n"
