@@ -89,7 +89,7 @@ def install(soc: str, level: str = "l2", *, packages: Sequence[str] = DEFAULT_PA
 
     l2: vendor ops work on CPU tensors. Where torch_npu is installed its schemas and Meta kernels are the wheel's own, else the vendored text
     is defined. l3: device "npu", torch_npu's own host code; needs the wheel, gcc and x86-64. `packages`: namespaces that exist beside
-    torch_npu's. Once per process; a second call with the same arguments changes nothing.
+    torch_npu's. A second call may only change the chip, and that only at l2, where no host code asks for it.
     ValueError: unknown chip, level or package, or another installation before. StandInError: what level l3 needs is absent.
     """
     node = chip(soc)
@@ -99,8 +99,10 @@ def install(soc: str, level: str = "l2", *, packages: Sequence[str] = DEFAULT_PA
         raise ValueError(f"unknown packages {', '.join(sorted(unknown))}; known: {', '.join(schemas.PACKAGES)}")
     wanted = StandIn(node, level, tuple(sorted(packages)), has_wheel())
     if _installed:
-        if _installed[0] != wanted:
-            raise ValueError(f"this process already has {_installed[0]}; another installation needs a process of its own")
+        first = _installed[0]
+        if (first.level, first.packages) != (wanted.level, wanted.packages) or (level == "l3" and first.chip != node):
+            raise ValueError(f"this process already has {first}; {wanted} needs a process of its own")
+        models.set_soc(node.family)
         return wanted
     models.set_soc(node.family)
     if wanted.wheel or level == "l3":
