@@ -123,7 +123,8 @@ def kv_compress_epilog(
             f"quant_group_size {quant_group_size}, quant_mode {quant_mode}, round_scale_flag {round_scale_flag}, scale {scale}",
             "64, 2, True, 1.0 (other modes are not described)")  # fmt: skip
     require_dtype(op, "kv_compress_cache", kv_compress_cache, torch.uint8, torch.float8_e4m3fn)
-    require(kv_compress_cache.is_contiguous() and kv_compress_cache.shape[-1] == ROW, op, f"cache {list(kv_compress_cache.shape)}", f"[.., {ROW}], contiguous")
+    legal = kv_compress_cache.is_contiguous() and kv_compress_cache.shape[-1] == ROW
+    require(legal, op, f"cache {list(kv_compress_cache.shape)}", f"[.., {ROW}], contiguous")
     require_dtype(op, "slot_mapping", slot_mapping, torch.int32, torch.int64)
     require_shape(op, "slot_mapping", slot_mapping, x.shape[0])
     groups = x[:, :NOPE].float().unflatten(1, (NOPE // TILE, TILE))
