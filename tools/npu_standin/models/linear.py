@@ -20,13 +20,10 @@ def _int8(
     require_dtype(OP, "x2", x2, torch.int8)
     n, m = x2.shape[-1], x1.shape[-2]
     require(scale.dim() == 1 and scale.shape[0] in (1, n), OP, f"scale {list(scale.shape)}", f"[{n}] or [1]")
-    require(offset is None or kind == torch.int8, OP, "offset", "offset with int8 output only")
+    require(offset is None, OP, "offset", "None (not modelled)")
+    require(kind in (torch.bfloat16, torch.float16), OP, f"output_dtype {kind}",
+            "bf16 or fp16, passed explicitly (the default int8 needs a packed scale and is not modelled)")  # fmt: skip
     sums = x1.double() @ x2.double()
-    if kind == torch.int8:
-        require(pertoken_scale is None, OP, "pertoken_scale with int8 output", "none; int8 is the default output_dtype: pass bf16")
-        require(scale.dtype == torch.int64, OP, f"scale {scale.dtype} for int8 output", "scale packed by npu_trans_quant_param (int64)")
-        raise NotImplementedError(f"{OP}: int8 output is not modelled")
-    require(kind in (torch.bfloat16, torch.float16), OP, f"output_dtype {kind}", "bf16 or fp16")
     if kind == torch.bfloat16:
         require_dtype(OP, "scale", scale, torch.bfloat16, torch.float32)
     else:
@@ -106,7 +103,8 @@ def npu_quant_matmul(
         codes = (scale_dtype, pertoken_scale_dtype)
         require(None not in codes and all(type_of(c or 0) == torch.float8_e8m0fnu for c in codes), OP, f"scale types {codes}", "293, 293")
         return _mx(x1, x2, scale, rows, first, second).to(kind)
-    require(list(group_sizes or ()) == [1, 128, 128] and first in FP8, OP, f"group_sizes {group_sizes} for {first}", "[1, 1, 32], or [1, 128, 128] for fp8")
+    legal = list(group_sizes or ()) == [1, 128, 128] and first in FP8
+    require(legal, OP, f"group_sizes {group_sizes} for {first}", "[1, 1, 32], or [1, 128, 128] for fp8")
     return _blocked(x1, x2, scale, rows).to(kind)
 
 
