@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -128,11 +129,14 @@ def _chained(impls: Sequence[Impl], reference: Callable[..., Any]) -> Callable[.
     return call
 
 
-def _checked(contract: Contract, fn: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(contract: Contract, fn: Callable[..., Any], checks: Sequence[Callable[[], AbstractContextManager[None]]]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         contract.meta(*args, **kwargs)
-        return fn(*args, **kwargs)
+        with ExitStack() as stack:
+            for check in checks:
+                stack.enter_context(check())
+            return fn(*args, **kwargs)
 
     return call
 
@@ -205,7 +209,8 @@ def bind(
 
     chain: backend names in order of preference. dtype: activation type. probes: per backend, instead of looking at
     this machine. overrides: op -> backend, above the chain; V4_OPS in the environment is used for ops not named here.
-    checked: validate every call against the contract first. only: bind just these ops (with their parts).
+    checked: validate every call against the contract first, inside the backends' own `checks(probe)`. only: bind just
+    these ops (with their parts).
     Raises NoImplementation with every backend's reason, ValueError for unknown backends or ops and for a backend that can not run here.
     """
     pinned = {**parse_overrides(os.environ.get("V4_OPS", "")), **(overrides or {})}
@@ -216,6 +221,7 @@ def bind(
         if name not in (probes or {}) and (why := unavailable(name)):
             raise ValueError(f"backend {name!r} can not run here: {why}")
     known = {name: (probes or {}).get(name) or modules[name].probe() for name in names}
+    checks = [functools.partial(modules[n].checks, known[n]) for n in names if checked and hasattr(modules[n], "checks")]
     ops = SimpleNamespace()
     chosen: dict[str, Choice] = {}
     bound: dict[str, tuple[Impl, ...]] = {}
@@ -225,7 +231,7 @@ def bind(
         order = (pinned[contract.name],) if contract.name in pinned else tuple(chain)
         impls, choice = _choose(contract, order, known, dtype, ops, chosen)
         fn = impls[0].fn if len(impls) == 1 else _chained(impls, contract.reference)
-        setattr(ops, contract.name, _checked(contract, fn) if checked else fn)
+        setattr(ops, contract.name, _checked(contract, fn, checks) if checked else fn)
         chosen[contract.name], bound[contract.name] = choice, tuple(impls)
     return Binding(ops, tuple(chosen[n] for n in sorted(chosen)), tuple(chain), bound)
 

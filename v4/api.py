@@ -186,6 +186,8 @@ def load(
     model = Model(settings, mtp=mtp and checkpoint.has_mtp)
     _refuse_too_large(parameter_bytes(model), module.memory_available(), "the weights")
     report = load_parameters(model, checkpoint, dtype=dtype, device=module.DEVICE, progress=progress, include_mtp=mtp)
+    if hasattr(module, "prepare"):
+        module.prepare(model)
     tokenizer = Tokenizer(checkpoint.path) if (checkpoint.path / "tokenizer.json").is_file() else None
     texts = PromptTexts.from_checkpoint(checkpoint.path)
     return LoadedModel(config, Runner(model), binding, backend, report, limit, tokenizer, texts)

@@ -4,6 +4,7 @@ Each file adapts one family of ops: layout and argument translation, always by k
 torch on the same device behind its vendor ops, with the reason in its note. Nothing vendor-specific is imported before a probe.
 """
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,16 +12,24 @@ import torch
 import backends.cpu
 from backends.ascend import attention, cache, compress, gate, hyper, indexer, linear, moe, norm, rope
 from backends.ascend.chips import SOCS
+from backends.ascend.limits import enforced
 from backends.ascend.plain import register
+from backends.ascend.prepare import prepare
 from backends.ascend.probe import device_type, memory_available, probe, unavailable
+from ops.probe import Probe
 
-__all__ = ["DEVICE", "SOCS", "attention", "backends", "cache", "compress", "gate", "hyper", "indexer", "linear", "memory_available"]
-__all__ += ["moe", "norm", "probe", "rope", "unavailable"]
+__all__ = ["DEVICE", "SOCS", "attention", "backends", "cache", "checks", "compress", "gate", "hyper", "indexer", "linear", "memory_available"]
+__all__ += ["moe", "norm", "prepare", "probe", "rope", "unavailable"]
 
 if TYPE_CHECKING:
     DEVICE: torch.device
 
 register()
+
+
+def checks(found: Probe) -> AbstractContextManager[None]:
+    """What --checked puts around every call: the documented limits of the vendor's ops, on the chip that was probed."""
+    return enforced(found.soc)
 
 
 def __getattr__(name: str) -> torch.device:

@@ -231,7 +231,7 @@ class _Enforce(TorchFunctionMode):
         kwargs = kwargs or {}
         packet = func if isinstance(func, torch._ops.OpOverloadPacket) else getattr(func, "overloadpacket", None)
         name = packet._qualified_op_name if packet is not None else ""
-        if name.partition("::")[0] in NAMESPACES:
+        if packet is not None and name.partition("::")[0] in NAMESPACES:
             schema = packet.default._schema
             passed = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
             check(name, passed, {a.name: a.default_value for a in schema.arguments if a.has_default_value()}, self._soc, values=self._values)
