@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tools.npu_standin import calls, models, schemas
+from tools.npu_standin import calls, functions, models, schemas
 from tools.npu_standin.chips import Chip, chip
 
 LEVELS = ("l2", "l3")
@@ -110,6 +110,8 @@ def install(soc: str, level: str = "l2", *, packages: Sequence[str] = DEFAULT_PA
     own = [] if wanted.wheel or level == "l3" else ["npu"]
     _alive.extend(schemas.define(space) for space in (*own, *packages))
     _register(level, packages if level == "l3" else ("npu", *packages))
+    if functions.NAME in packages:
+        functions.mount(level)
     if level == "l3":
         _answer_on_device()
     _installed.append(wanted)
