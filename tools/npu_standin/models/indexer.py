@@ -54,7 +54,9 @@ def _lengths(op: str, query_lengths: Tensor | None, key_lengths: Tensor | None) 
     require_dtype(op, "actual_seq_lengths_query", cu, torch.int32)
     require_dtype(op, "actual_seq_lengths_key", keys, torch.int32)
     require_shape(op, "actual_seq_lengths_key", keys, None)
-    return cu, keys
+    # the convention of torch_npu for TND: one cumulative length per request, no leading zero
+    require_shape(op, "actual_seq_lengths_query", cu, keys.numel())
+    return torch.cat((cu.new_zeros(1), cu)), keys
 
 
 def _facts(
@@ -96,7 +98,7 @@ def npu_quant_lightning_indexer(
     """Indices int32 [T, 1, k] of sum over heads of w * relu(q . k) * scales, and an empty fp32 tensor.
 
     query int8 [T, 64, 128] with fp16 scales and fp16 weights [T, 64]; key int8 [blocks, bs, 1, 128] with fp16 scales [blocks, bs, 1].
-    actual_seq_lengths_query: cumulative; actual_seq_lengths_key [B]: lengths in uncompressed tokens, divided by cmp_ratio inside.
+    actual_seq_lengths_query [B]: cumulative, no leading zero; actual_seq_lengths_key [B]: uncompressed lengths, divided by cmp_ratio inside.
     """
     layouts, far = (layout_query, layout_key), (pre_tokens, next_tokens)
     _check(OP, query, layouts, sparse_count, sparse_mode, cmp_ratio, far, (64,))
@@ -112,7 +114,7 @@ def npu_quant_lightning_indexer(
     cu, lengths = _lengths(OP, actual_seq_lengths_query, actual_seq_lengths_key)
     table = check_table(OP, "block_table", block_table, lengths.numel())
     heads = (query.shape[1], 1, WIDTH)
-    compare(OP, metadata, _facts(heads, (query_quant_mode, key_quant_mode), cu, lengths, layouts, sparse_count, sparse_mode, far, cmp_ratio))
+    compare(OP, metadata, _facts(heads, (query_quant_mode, key_quant_mode), actual_seq_lengths_query, lengths, layouts, sparse_count, sparse_mode, far, cmp_ratio))
     factor = weights.float() * query_dequant_scale.float()
     require(float(factor.abs().amax()) <= 65504, OP, f"weights * scale up to {float(factor.abs().amax()):.3g}", "inside the range of fp16")
 
