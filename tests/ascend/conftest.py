@@ -8,11 +8,13 @@ is installed, and the chip is what the runtime says.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from tools.npu_standin import models
 from tools.npu_standin.chips import CHIPS, chip
 from tools.npu_standin.install import StandIn, install
 
@@ -66,3 +68,11 @@ def standin(soc: str) -> StandIn:
 def device() -> torch.device:
     """Where the tensors of a test live."""
     return torch.device("npu" if HARDWARE or LEVEL == "l3" else "cpu")
+
+
+@pytest.fixture
+def on_chip() -> Iterator[Callable[[str], None]]:
+    """Tells the models which chip they imitate, without installing anything; undone after the test."""
+    before = models.soc()
+    yield models.set_soc
+    models.set_soc(before)

@@ -60,7 +60,9 @@ class Call:
             scores = self.q[t].float() @ rows.T * self.scale
             top = torch.maximum(scores.amax(1), self.sinks)[:, None]
             weights = (scores - top).exp()
-            out[t] = (weights @ rows / (weights.sum(1, keepdim=True) + (self.sinks[:, None] - top).exp())).to(out.dtype)
+            total = weights.sum(1, keepdim=True) + (self.sinks[:, None] - top).exp()
+            # the matrix unit takes the weights in the type of the rows; their sum is of those before that rounding
+            out[t] = (weights.to(out.dtype).float() @ rows / total).to(out.dtype)
         return out
 
 
