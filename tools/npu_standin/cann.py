@@ -63,15 +63,18 @@ def _answers(names: Iterable[str]) -> str:
 
 
 def _entries(names: Iterable[str]) -> str:
-    """Assembly in which every first phase jumps to the trampoline with its name and every second phase only counts."""
-    lines = [".text"]
-    for number, name in enumerate(sorted(names)):
+    """Assembly in which every first phase jumps to the trampoline with its name and every second phase only counts.
+
+    What is neither refuses: a question to which nothing here has an answer.
+    """
+    lines, known = [".text"], set(names)
+    for number, name in enumerate(sorted(known)):
         lines.append(f".globl {name}\n.type {name}, @function\n{name}:")
         if name.endswith(_WORKSPACE):
             lines.append(f"leaq .Lname{number}(%rip), %r11\njmp standin_trampoline")
             lines.append(f'.section .rodata\n.Lname{number}: .string "{name.removesuffix(_WORKSPACE)}"\n.text')
         else:
-            lines.append("jmp standin_launch@PLT")
+            lines.append(f"jmp {'standin_launch' if name + _WORKSPACE in known else 'standin_unanswered'}@PLT")
     return "\n".join([*lines, '.section .note.GNU-stack,"",@progbits', ""])
 
 

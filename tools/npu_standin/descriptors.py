@@ -31,7 +31,8 @@ DTYPES = {
     41: torch.uint8,
 }  # fmt: skip
 PACKED_FP4 = (40, 41)
-INT4 = 29
+BYTE_TYPES = (34, 37, 40, 41)
+_TYPE = "_acl_type"
 
 
 class _Head(ctypes.Structure):
@@ -59,6 +60,17 @@ class WrongLetter(TypeError):
 
 def tensor_at(address: int) -> Tensor:
     """The tensor that a descriptor describes, over the same bytes. fp4 is described in elements and read as bytes of two."""
+    result = _tensor_at(address)
+    setattr(result, _TYPE, ctypes.cast(address, ctypes.POINTER(_Tensor)).contents.dtype)
+    return result
+
+
+def acl_type(tensor: Tensor) -> int:
+    """The aclDataType with which a tensor of an aclnn call was described."""
+    return int(getattr(tensor, _TYPE))
+
+
+def _tensor_at(address: int) -> Tensor:
     t = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
     if t.dtype not in DTYPES:
         raise WrongLetter(f"tensor of aclDataType {t.dtype}, which the stand-in does not know")
@@ -73,7 +85,7 @@ def tensor_at(address: int) -> Tensor:
 
 
 def _bytes_of_pairs(size: list[int], stride: list[int], offset: int) -> tuple[list[int], list[int], int]:
-    inner = stride.index(1)
+    inner = max((i for i, (n, step) in enumerate(zip(size, stride, strict=True)) if step == 1 and n > 1), default=len(size) - 1)
     return (
         [n // 2 if i == inner else n for i, n in enumerate(size)],
         [step if i == inner else step // 2 for i, step in enumerate(stride)],

@@ -10,9 +10,14 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tools.npu_standin.descriptors import BYTE_TYPES, PACKED_FP4, acl_type
 from tools.npu_standin.models import MODELS
+
+ACL_CODES = 256
+"""What torch_npu adds to an aclDataType where it takes one as an integer."""
 
 
 def load() -> None:
@@ -26,6 +31,17 @@ def model(name: str) -> Callable[..., Any]:
     if name not in MODELS:
         raise NotImplementedError(f"{name} has no model; models stand in tools/npu_standin/models")
     return MODELS[name]
+
+
+def code(tensor: Tensor) -> int | torch.dtype:
+    """The type of a tensor as an argument of torch_npu names it: a number for those that travel as bytes."""
+    kind = acl_type(tensor)
+    return ACL_CODES + kind if kind in BYTE_TYPES else tensor.dtype
+
+
+def fp4_code(tensor: Tensor) -> int | None:
+    """The number for a tensor that travels as bytes of two fp4 values, None for any other."""
+    return ACL_CODES + acl_type(tensor) if acl_type(tensor) in PACKED_FP4 else None
 
 
 def put(results: Any, *outputs: Tensor | None) -> None:

@@ -25,7 +25,14 @@ static __thread int current_device;
 long standin_counter(int kind) { return kind < KINDS ? counters[kind] : -1; }
 void standin_counters_clear(void) { memset(counters, 0, sizeof counters); }
 void standin_message(const char *text) { strncpy(message, text, sizeof message - 1); }
-const char *aclGetRecentErrMsg(void) { return message; }
+/* asking takes the message away, so that it is never told for another error */
+const char *aclGetRecentErrMsg(void)
+{
+    static char told[sizeof message];
+    memcpy(told, message, sizeof told);
+    message[0] = 0;
+    return told;
+}
 
 static const char *setting(const char *name, const char *otherwise)
 {
