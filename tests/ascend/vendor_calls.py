@@ -46,7 +46,10 @@ class _Draw:
         return torch.stack([torch.randperm(of, generator=self.generator)[:k] for _ in range(rows)]).to(I32)
 
 
-GATE = {"norm_type": 2, "routed_scaling_factor": 1.5, "eps": 1e-20, "k_group": 1, "group_count": 1, "group_select_mode": 0, "renorm": 0, "out_flag": True}
+GATE = {
+    "norm_type": 2, "routed_scaling_factor": 1.5, "eps": 1e-20, "k_group": 1, "group_count": 1, "group_select_mode": 0, "renorm": 0,
+    "out_flag": True,
+}  # fmt: skip
 GROUPED = {"split_item": 2, "group_type": 0, "group_list_type": 1}
 ACT = {"activate_left": True, "swiglu_mode": 1, "clamp_limit": 2.0, "glu_alpha": 1.0, "glu_bias": 0.0}
 MX = {"scale_dtype": ACL_E8M0, "pertoken_scale_dtype": ACL_E8M0, "group_sizes": [1, 1, 32], "output_dtype": BF16}
