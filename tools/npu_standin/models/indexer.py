@@ -113,8 +113,8 @@ def npu_quant_lightning_indexer(
     require(not return_value, OP, "return_value True", "False on A2 and A3")
     cu, lengths = _lengths(OP, actual_seq_lengths_query, actual_seq_lengths_key)
     table = check_table(OP, "block_table", block_table, lengths.numel())
-    heads = (query.shape[1], 1, WIDTH)
-    compare(OP, metadata, _facts(heads, (query_quant_mode, key_quant_mode), actual_seq_lengths_query, lengths, layouts, sparse_count, sparse_mode, far, cmp_ratio))
+    heads, modes, given = (query.shape[1], 1, WIDTH), (query_quant_mode, key_quant_mode), actual_seq_lengths_query
+    compare(OP, metadata, _facts(heads, modes, given, lengths, layouts, sparse_count, sparse_mode, far, cmp_ratio))
     factor = weights.float() * query_dequant_scale.float()
     require(float(factor.abs().amax()) <= 65504, OP, f"weights * scale up to {float(factor.abs().amax()):.3g}", "inside the range of fp16")
 
