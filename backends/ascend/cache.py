@@ -21,22 +21,25 @@ def _writable(cache: Tensor, rows_RW: Tensor) -> bool:
 
 
 def _scatter_when(cache: Tensor, rows_RW: Tensor, slots: Tensor) -> bool:
-    return rows_RW.shape[1] in WIDTHS and _writable(cache, rows_RW)
+    return not rows_RW.shape[0] or (rows_RW.shape[1] in WIDTHS and _writable(cache, rows_RW))
 
 
 @cache_insert.implement("ascend", name=SCATTER, dtypes=_HALVES, soc=("910b", "910_93"), needs=(SCATTER,), when=_scatter_when)
 def _cache_insert(cache: Tensor, rows_RW: Tensor, slots: Tensor) -> None:
-    torch.ops.custom.scatter_nd_update_asc(var=cache.view(-1, cache.shape[2]), indices=slots[:, None], update=rows_RW)
+    if rows_RW.shape[0]:
+        torch.ops.custom.scatter_nd_update_asc(var=cache.view(-1, cache.shape[2]), indices=slots[:, None], update=rows_RW)
 
 
 @cache_insert.implement(
     "ascend",
     name="npu_scatter_nd_update_",
     needs=("npu::npu_scatter_nd_update_",),
-    when=lambda cache, rows_RW, slots: _writable(cache, rows_RW),
+    when=lambda cache, rows_RW, slots: not rows_RW.shape[0] or _writable(cache, rows_RW),
     note="-1 writes the null block's first row to itself",
 )
 def _cache_insert_wheel(cache: Tensor, rows_RW: Tensor, slots: Tensor) -> None:
+    if not rows_RW.shape[0]:
+        return
     # -1 is not skipped by this op. Slot 0 lies in the null block, which no table gives out: its row is written as it is
     flat, at = cache.view(-1, cache.shape[2]), slots.clamp(min=0)
     rows = torch.where((slots < 0)[:, None], flat.index_select(0, at), rows_RW)

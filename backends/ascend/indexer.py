@@ -7,16 +7,22 @@ Shapes as in ops/indexer.py. Source: Ascend operator notes, section 6.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from backends.ascend.hoist import ByValue
 from backends.ascend.lengths import Lengths
+from backends.ascend.limits import python_call
 from backends.ascend.probe import python_function
 from ops.indexer import index_topk
 
 LIGHTNING = "cann_ops_transformer.lightning_indexer"
 WIDTH, HEADS, MOST = 128, 64, 2048
 _CAUSAL = 3
+_metadata = ByValue()
 
 
 def _when(
@@ -28,16 +34,13 @@ def _when(
     return q_THd.shape[0] > 0 and sizes and keys and q_THd.is_contiguous()
 
 
-@index_topk.implement("ascend", name=LIGHTNING, dtypes=(torch.bfloat16, torch.float16), needs=(LIGHTNING,), when=_when)
+@index_topk.implement("ascend", name=LIGHTNING, dtypes=(torch.bfloat16, torch.float16), needs=(LIGHTNING, f"{LIGHTNING}_metadata"), when=_when)
 def _index_topk(
     q_THd: Tensor, w_TH: Tensor, key_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, start_pos: Tensor, *, ratio: int, topk: int
 ) -> Tensor:  # fmt: skip
     lengths = Lengths(cu_seqlens, start_pos, q_THd.device)
-    call = python_function("cann_ops_transformer", "lightning_indexer")
-    metadata_of = python_function("cann_ops_transformer", "lightning_indexer_metadata")
-    assert callable(call)
-    assert callable(metadata_of)
     alike = {
+        "topk": topk,
         "cu_seqlens_q": lengths.cu_seqlens,
         "cu_seqlens_k": None,
         "seqused_q": None,
@@ -49,14 +52,14 @@ def _index_topk(
         "mask_mode": _CAUSAL,
         "cmp_ratio": ratio,
     }
-    metadata = metadata_of(
-        HEADS, 1, WIDTH, topk, batch_size=lengths.batch, max_seqlen_k=max(lengths.ends_host) // ratio, **alike
+    about = {"num_heads_q": HEADS, "num_heads_k": 1, "head_dim": WIDTH, "batch_size": lengths.batch, "max_seqlen_k": max(lengths.ends_host) // ratio}
+    metadata = _metadata(
+        (q_THd.device, topk, ratio), (cu_seqlens, start_pos), lambda: _function(f"{LIGHTNING}_metadata")(**about, **alike)
     )  # fmt: skip
-    found = call(
-        q_THd,
-        key_cache[:, :, None],
-        w_TH,
-        topk,
+    found = _function(LIGHTNING)(
+        q=q_THd,
+        k=key_cache[:, :, None],
+        w=w_TH,
         block_table=lengths.there("keys", block_table),
         output_idx_offset=None,
         metadata=metadata,
@@ -65,3 +68,11 @@ def _index_topk(
     )
     index: Tensor = found[0]
     return index.view(q_THd.shape[0], topk)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    package, _, function = name.partition(".")
+    call = python_function(package, function)
+    if not callable(call):
+        raise LookupError(f"{name} was there when the model was bound and is not now")
+    return python_call(name, call)

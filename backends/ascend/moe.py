@@ -7,6 +7,7 @@ Shapes as in ops/moe.py. Source: Ascend operator notes, section 9.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ HALVES = (torch.bfloat16, torch.float16)
 OLDER = ("910b", "910_93")
 MOST_EXPERTS, WIDEST = 1024, 65536
 _GATHER, _SCATTER = 0, 1
+Activation = Callable[[Tensor, float], Tensor]
 _COUNTS = 1
 
 
@@ -162,6 +164,14 @@ def _mlp_when(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2:
     return ids_TK.numel() > 0 and x_TD.is_contiguous() and weights_fit(x_TD, w13, w2)
 
 
+def _mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, limit: float, activate: Activation) -> Tensor:
+    rows, row_of_A, counts = route(x_TD, ids_TK, w13.shape[0], _GATHER)
+    y_AD = grouped_product(activate(grouped_product(rows, w13, counts), limit), w2, counts)
+    y_TKD = y_AD.index_select(0, row_of_A).view(*ids_TK.shape, -1)
+    # the product with w2 is linear: the weight of a row may come after it, in fp32
+    return torch.bmm(weights_TK[:, None], y_TKD.float())[:, 0]
+
+
 @moe_mlp.implement(
     "ascend",
     name="npu_moe_init_routing_v2, npu_grouped_matmul, npu_clipped_swiglu, fp32 sum",
@@ -171,8 +181,20 @@ def _mlp_when(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2:
     when=_mlp_when,
 )
 def _moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> Tensor:
-    rows, row_of_A, counts = route(x_TD, ids_TK, w13.shape[0], _GATHER)
-    y_AD = grouped_product(clipped_swiglu(grouped_product(rows, w13, counts), limit), w2, counts)
-    y_TKD = y_AD.index_select(0, row_of_A).view(*ids_TK.shape, -1)
-    # the product with w2 is linear: the weight of a row may come after it, in fp32
-    return torch.bmm(weights_TK[:, None], y_TKD.float())[:, 0]
+    return _mlp(x_TD, ids_TK, weights_TK, w13, w2, limit, clipped_swiglu)
+
+
+def _mlp_950_when(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> bool:
+    return _mlp_when(x_TD, ids_TK, weights_TK, w13, w2, limit=limit) and representable(limit, x_TD.dtype)
+
+
+@moe_mlp.implement(
+    "ascend",
+    name="npu_moe_init_routing_v2, npu_grouped_matmul, npu_swiglu, fp32 sum",
+    dtypes=HALVES,
+    soc=("950",),
+    needs=(ROUTING, GROUPED, "npu::npu_swiglu"),
+    when=_mlp_950_when,
+)
+def _moe_mlp_950(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> Tensor:
+    return _mlp(x_TD, ids_TK, weights_TK, w13, w2, limit, clamped_halves)
