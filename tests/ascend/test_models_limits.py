@@ -10,6 +10,7 @@ import torch
 from backends.ascend import limits
 from tests.ascend import model_cases_paged  # noqa: F401 - adds cases
 from tests.ascend.model_cases import CASES, arguments, call
+from tests.ascend.model_variants import VARIANTS
 from tools.npu_standin import models, schemas
 
 
@@ -30,6 +31,16 @@ def test_the_legal_call_is_legal_for_both(name, chip, on_chip):
     else:
         with pytest.raises(models.Refused, match="no kernel"):
             call(name)
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_a_variant_is_legal_for_both(variant, on_chip):
+    name, chips, make = VARIANTS[variant]
+    for chip in chips:
+        on_chip(chip)
+        changes = make(torch.Generator().manual_seed(2))
+        _check(name, chip, arguments(name, **changes))
+        call(name, **changes)
 
 
 def test_every_model_has_a_legal_call():

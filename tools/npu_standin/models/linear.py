@@ -120,7 +120,7 @@ def npu_transpose_batchmatmul(
     perm_y: list[int] | None = None,
     batch_split_factor: int | None = 1,
 ) -> Tensor:
-    """permute(input, perm_x1) [b, m, k] times permute(weight, perm_x2) [b, k, n], result permuted by perm_y; k and n multiples of 16, k*b < 65536."""
+    """permute(input, perm_x1) [b, m, k] times permute(weight, perm_x2) [b, k, n], result [m, b, n] (perm_y is always [1, 0, 2]); k and n multiples of 16, k*b < 65536."""
     op = "npu_transpose_batchmatmul"
     require(input.dim() == 3 and weight.dim() == 3, op, f"{list(input.shape)} and {list(weight.shape)}", "3 dimensions")
     require_dtype(op, "input", input, torch.bfloat16, torch.float16, torch.float32)
@@ -132,5 +132,5 @@ def npu_transpose_batchmatmul(
     require(right.shape[:2] == (b, k), op, f"{list(left.shape)} times {list(right.shape)}", "[b, m, k] times [b, k, n]")
     require(k % 16 == 0 and n % 16 == 0, op, f"k = {k}, n = {n}", "multiples of 16")
     require(k * b < 65536, op, f"k*b = {k * b}", "below 65536 (V4-Flash: 32768; V4-Pro's 65536 does not fit)")
-    order = perm_y or [1, 0, 2]
-    return (left.float() @ right.float()).to(input.dtype).permute(order).contiguous()
+    require(perm_y is None or list(perm_y) == [1, 0, 2], op, f"perm_y {perm_y}", "[1, 0, 2]")
+    return (left.float() @ right.float()).to(input.dtype).transpose(0, 1).contiguous()

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from tools.npu_standin.models import OLDER, model, needed, poison, require, require_dtype, require_shape, soc, undefined
 from tools.npu_standin.models.blocks import mx_quantised
+from tools.npu_standin.models.codes import FP4_E2M1
 from tools.npu_standin.models.rounding import int8_per_row
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 CUMULATED, COUNTS, PAIRS = 0, 1, 2
 GATHER, SCATTER = 0, 1
-PLAIN, INT8_DYNAMIC, MX_E5M2, MX_E4M3 = -1, 1, 2, 3
+PLAIN, INT8_DYNAMIC, MX_E5M2, MX_E4M3, MX_FP4 = -1, 1, 2, 3, 9
+_MX: dict[int, torch.dtype | str] = {MX_E5M2: torch.float8_e5m2, MX_E4M3: torch.float8_e4m3fn, MX_FP4: FP4_E2M1}
 
 
 def _quantised(op: str, x: Tensor, quant_mode: int, source: Tensor, experts: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -26,9 +28,10 @@ def _quantised(op: str, x: Tensor, quant_mode: int, source: Tensor, experts: Ten
             return int8_per_row(rows)
         require_shape(op, "scale", scale, None, x.shape[1])
         return int8_per_row(rows.float() * scale[experts if scale.shape[0] > 1 else torch.zeros_like(experts)])
-    require(soc() not in OLDER and quant_mode in (MX_E5M2, MX_E4M3), op, f"quant_mode {quant_mode} on {soc()}",
-            "-1 and 1 on A2/A3; on 950 also 2 and 3 (others are not modelled)")  # fmt: skip
-    return mx_quantised(rows, torch.float8_e4m3fn if quant_mode == MX_E4M3 else torch.float8_e5m2, round_up=False)
+    require(soc() not in OLDER and quant_mode in _MX, op, f"quant_mode {quant_mode} on {soc()}", "-1, 1; on 950 also 2, 3, 9 (others are not modelled)")
+    codes, scales = mx_quantised(rows, _MX[quant_mode], round_up=False)
+    # the wheel gives pairs of scales for fp4, and one row of them for fp8
+    return codes, scales if quant_mode == MX_FP4 else scales.flatten(-2)
 
 
 @model("npu::npu_moe_init_routing_v2")
