@@ -120,7 +120,10 @@ def npu_transpose_batchmatmul(
     perm_y: list[int] | None = None,
     batch_split_factor: int | None = 1,
 ) -> Tensor:
-    """permute(input, perm_x1) [b, m, k] times permute(weight, perm_x2) [b, k, n], result [m, b, n] (perm_y is always [1, 0, 2]); k and n multiples of 16, k*b < 65536."""
+    """permute(input, perm_x1) [b, m, k] times permute(weight, perm_x2) [b, k, n], as [m, b, n]: perm_y is always [1, 0, 2].
+
+    k and n are multiples of 16, k*b is below 65536.
+    """
     op = "npu_transpose_batchmatmul"
     require(input.dim() == 3 and weight.dim() == 3, op, f"{list(input.shape)} and {list(weight.shape)}", "3 dimensions")
     require_dtype(op, "input", input, torch.bfloat16, torch.float16, torch.float32)
