@@ -90,8 +90,6 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    # a vendor extension that can not load its driver would otherwise stop `import torch` itself
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         from tools import doctor
     except ModuleNotFoundError as error:
@@ -133,6 +131,16 @@ def _run(args: argparse.Namespace) -> int:
     return generate.run(args)
 
 
+def _explained(error: RuntimeError) -> str | None:
+    """What to tell about an error that is no defect: no implementation, or what a backend recognises as its vendor's; else None."""
+    # named, because importing the class here would import torch for `v4 --help`
+    if type(error).__name__ == "NoImplementation":
+        return str(error)
+    backends = [module for name, module in sys.modules.items() if name.startswith("backends.")]
+    told = (explain(error) for module in backends if (explain := vars(module).get("explain_failure")))
+    return next((text for text in told if text is not None), None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. Wrong input prints one message; an unexpected exception keeps its traceback."""
     args = parser().parse_args(argv)
@@ -149,10 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         message = str(error)
     except RuntimeError as error:
-        # named, because importing the class here would import torch for `v4 --help`
-        if type(error).__name__ != "NoImplementation":
+        if (explained := _explained(error)) is None:
             raise
-        message = str(error)
+        message = explained
     print(f"v4 {args.verb}: {message}", file=sys.stderr)
     return COULD_NOT_RUN
 

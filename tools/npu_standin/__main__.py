@@ -29,8 +29,11 @@ def parser() -> argparse.ArgumentParser:
         help="l2: vendor ops on CPU tensors; l3: device npu (default where torch_npu is installed)",
     )
     top.add_argument("--packages", metavar="LIST", help="namespaces beside torch_npu's, comma separated; '' for none")
+    top.add_argument(
+        "--lacking", metavar="LIST", default="", help="aclnn names that the pretended op package does not have, comma separated"
+    )
     top.add_argument("--counts", action="store_true", help="print launches and host waits to stderr afterwards")
-    top.add_argument("command", nargs="+", help="build, doctor, or -- and a v4 command")
+    top.add_argument("command", nargs="+", help="build, doctor (of the stand-in), or -- and a v4 command")
     return top
 
 
@@ -69,7 +72,7 @@ def _v4(args: argparse.Namespace) -> int:
 
     packages = DEFAULT_PACKAGES if args.packages is None else tuple(filter(None, args.packages.split(",")))
     level = args.level or ("l3" if has_wheel() else "l2")
-    found = install(args.soc, level, packages=packages)
+    found = install(args.soc, level, packages=packages, lacking=tuple(filter(None, args.lacking.split(","))))
     os.environ.setdefault("V4_ASCEND_SOC", found.chip.family)
     os.environ.setdefault("V4_ASCEND_DEVICE", found.device.type)
     print(f"stand-in of {found.chip.device}, level {level}: executed on a CPU, not on NPU hardware", file=sys.stderr)
@@ -85,11 +88,11 @@ def _v4(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(given)
+    own = {"build": _build, "doctor": _doctor}.get(args.command[0]) if "--" not in given else None
     try:
-        if args.command in (["build"], ["doctor"]):
-            return _build() if args.command == ["build"] else _doctor()
-        return _v4(args)
+        return own() if own else _v4(args)
     except (StandInError, ValueError) as error:
         print(f"npu_standin: {error}", file=sys.stderr)
         return cli.COULD_NOT_RUN

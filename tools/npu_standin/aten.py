@@ -81,14 +81,19 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
-def _strangers(name: str, tensors: list[Tensor]) -> None:
-    """RuntimeError for a CPU tensor among device tensors, as on a device."""
+def refuse_strangers(name: str, values: Any) -> None:
+    """RuntimeError for a CPU tensor (of one dimension or more) among the arguments of an op on the device, as there."""
+    tensors = _tensors(values)
     if any(t.device.type == "cpu" and t.dim() for t in tensors):
-        if name in INDEXED and tensors[0].device.type == DEVICE:
-            calls.note_wait(f"aten::{name} with host indices")
-            return
         found = ", ".join(f"{t.device} {list(t.shape)}" for t in tensors)
-        raise RuntimeError(f"aten::{name}: expected all tensors on one device; found {found}")
+        raise RuntimeError(f"{name}: expected all tensors on one device; found {found}")
+
+
+def _strangers(name: str, tensors: list[Tensor]) -> None:
+    if name in INDEXED and tensors[0].device.type == DEVICE and any(t.device.type == "cpu" and t.dim() for t in tensors):
+        calls.note_wait(f"aten::{name} with host indices")
+    else:
+        refuse_strangers(f"aten::{name}", tensors)
 
 
 def _is_view(op: Any) -> bool:

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from tools.npu_standin.wheel import StandInError, Wants, examine, version
@@ -36,9 +37,9 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "v4"
 
 
-def directory() -> Path:
+def directory(without: Collection[str] = ()) -> Path:
     """Where the libraries for the installed wheel lie once they are built. StandInError without torch_npu."""
-    known = hashlib.sha256("\0".join((platform.machine(), version(), sys.prefix, *FLAGS)).encode())
+    known = hashlib.sha256("\0".join((platform.machine(), version(), sys.prefix, *FLAGS, *sorted(without))).encode())
     for source in (*sorted(SOURCES.iterdir()), Path(__file__), Path(__file__).with_name("wheel.py")):
         known.update(source.name.encode() + source.read_bytes())
     return cache_directory() / f"npu_standin-{known.hexdigest()[:16]}"
@@ -98,12 +99,12 @@ def _compile(wants: Wants, where: Path, progress: Callable[[str], None]) -> None
     _gcc(*linked, "-Wl,-soname,libopapi.so", "-o", "libopapi.so", *opapi, where=where)
 
 
-def build(progress: Callable[[str], None] = lambda _: None) -> Path:
-    """Build the libraries when they are not there yet; returns their directory.
+def build(progress: Callable[[str], None] = lambda _: None, without: Collection[str] = ()) -> Path:
+    """Build the libraries when they are not there yet; returns their directory. `without`: aclnn ops that the pretended package lacks.
 
     StandInError: no torch_npu, no compiler, another processor than x86-64, or a step that fails.
     """
-    target = directory()
+    target = directory(without)
     if (target / "libopapi.so").is_file():
         return target
     if platform.machine() != "x86_64":
@@ -113,6 +114,8 @@ def build(progress: Callable[[str], None] = lambda _: None) -> Path:
     if shutil.which("gcc") is None:
         raise StandInError("no gcc found; it builds the stand-in libraries: install it, for instance: apt install gcc")
     wants = examine(progress)
+    gone = frozenset(name + end for name in without for end in ("", _WORKSPACE))
+    wants = replace(wants, aclnn=wants.aclnn - gone)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         _compile(wants, Path(scratch), progress)

@@ -19,8 +19,9 @@ def _noted(name: str, model: Callable[..., Any], on_device: bool) -> Callable[..
         calls.note("vendor", f"{NAME}.{name}", kwargs)
         if not on_device:
             return model(*args, **kwargs)
-        from tools.npu_standin.aten import mapped, onto_device, over
+        from tools.npu_standin.aten import mapped, onto_device, over, refuse_strangers
 
+        refuse_strangers(name, (args, kwargs))
         return mapped(onto_device, model(*mapped(over, args), **mapped(over, kwargs)))
 
     return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,12 +22,13 @@ _installed: list[StandIn] = []
 
 @dataclass(frozen=True)
 class StandIn:
-    """What was installed: the chip, the level, the packages beside torch_npu, whether torch_npu itself is the wheel."""
+    """What was installed: the chip, the level, the packages beside torch_npu, whether torch_npu itself is the wheel, kernels left out."""
 
     chip: Chip
     level: str
     packages: tuple[str, ...]
     wheel: bool
+    lacking: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -57,10 +58,11 @@ def _on_cpu(name: str, schema: torch.FunctionSchema, model: Callable[..., Any]) 
 
 
 def _on_device(name: str, schema: torch.FunctionSchema, model: Callable[..., Any]) -> Callable[..., Any]:
-    from tools.npu_standin.aten import mapped, onto_device, over
+    from tools.npu_standin.aten import mapped, onto_device, over, refuse_strangers
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         values = _filled(schema, args, kwargs)
+        refuse_strangers(name, values)
         calls.note("vendor", name, values)
         return mapped(onto_device, model(**mapped(over, values)))
 
@@ -78,18 +80,19 @@ def _register(level: str, namespaces: Sequence[str]) -> None:
     _alive.extend(libraries.values())
 
 
-def _load_wheel(node: Chip) -> None:
+def _load_wheel(node: Chip, lacking: Sequence[str]) -> None:
     from tools.npu_standin import cann, host
 
-    host.load(cann.build(), node)
+    host.load(cann.build(without=lacking), node)
 
 
-def install(soc: str, level: str = "l2", *, packages: Sequence[str] = DEFAULT_PACKAGES) -> StandIn:
+def install(soc: str, level: str = "l2", *, packages: Sequence[str] = DEFAULT_PACKAGES, lacking: Sequence[str] = ()) -> StandIn:
     """Pretend that this process runs on a node with chip `soc` ("a2", "a3", "950" or a family name).
 
     l2: vendor ops work on CPU tensors. Where torch_npu is installed its schemas and Meta kernels are the wheel's own, else the vendored text
     is defined. l3: device "npu", torch_npu's own host code; needs the wheel, gcc and x86-64. `packages`: namespaces that exist beside
-    torch_npu's. A second call may only change the chip, and that only at l2, where no host code asks for it.
+    torch_npu's. `lacking`: aclnn names that the pretended op package does not have although torch_npu calls them (l3). A second call may
+    only change the chip, and that only at l2, where no host code asks for it.
     ValueError: unknown chip, level or package, or another installation before. StandInError: what level l3 needs is absent.
     """
     node = chip(soc)
@@ -97,16 +100,16 @@ def install(soc: str, level: str = "l2", *, packages: Sequence[str] = DEFAULT_PA
         raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
     if unknown := set(packages) - set(schemas.PACKAGES):
         raise ValueError(f"unknown packages {', '.join(sorted(unknown))}; known: {', '.join(schemas.PACKAGES)}")
-    wanted = StandIn(node, level, tuple(sorted(packages)), has_wheel())
+    wanted = StandIn(node, level, tuple(sorted(packages)), has_wheel(), tuple(sorted(lacking)))
     if _installed:
         first = _installed[0]
-        if (first.level, first.packages) != (wanted.level, wanted.packages) or (level == "l3" and first.chip != node):
+        if wanted != (replace(first, chip=node) if level == "l2" else first):
             raise ValueError(f"this process already has {first}; {wanted} needs a process of its own")
         models.set_soc(node.family)
         return wanted
     models.set_soc(node.family)
     if wanted.wheel or level == "l3":
-        _load_wheel(node)
+        _load_wheel(node, wanted.lacking)
     own = [] if wanted.wheel or level == "l3" else ["npu"]
     _alive.extend(schemas.define(space) for space in (*own, *packages))
     _register(level, packages if level == "l3" else ("npu", *packages))
