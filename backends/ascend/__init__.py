@@ -12,14 +12,15 @@ import torch
 import backends.cpu
 from backends.ascend import attention, cache, compress, gate, hyper, indexer, linear, moe, norm, rope
 from backends.ascend.chips import SOCS
+from backends.ascend.failures import explain_failure
 from backends.ascend.limits import enforced
 from backends.ascend.plain import register
 from backends.ascend.prepare import prepare
 from backends.ascend.probe import device_type, memory_available, probe, unavailable
 from ops.probe import Probe
 
-__all__ = ["DEVICE", "SOCS", "attention", "backends", "cache", "checks", "compress", "gate", "hyper", "indexer", "linear", "memory_available"]
-__all__ += ["moe", "norm", "prepare", "probe", "rope", "unavailable"]
+__all__ = ["DEVICE", "SOCS", "attention", "backends", "cache", "checks", "compress", "explain_failure", "gate", "hyper", "indexer"]
+__all__ += ["linear", "memory_available", "moe", "norm", "prepare", "probe", "rope", "unavailable"]
 
 if TYPE_CHECKING:
     DEVICE: torch.device
