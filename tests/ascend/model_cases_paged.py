@@ -1,6 +1,6 @@
 """Legal calls of the vendor ops that read paged caches: the compressor, the indexers, the attentions. Added to model_cases.CASES.
 
-Three requests: 5 queries up to length 9, 1 query at length 300, 4 queries from the start.
+Three requests: 5 queries up to length 9, 1 query at length 256 (which completes entries of both kinds), 4 queries from the start.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.ascend.model_cases import CASES, INT32, Arguments, angles, bf16, call, fp32, int8, ints, legal
 
-COUNTS, ENDS, BLOCK = (5, 1, 4), (9, 300, 4), 16
+COUNTS, ENDS, BLOCK = (5, 1, 4), (9, 256, 4), 16
 TOKENS, BATCH = sum(COUNTS), len(COUNTS)
 CUMULATIVE = (5, 6, 10)
 COLUMNS = 20
