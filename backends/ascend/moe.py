@@ -68,7 +68,7 @@ def clipped_swiglu(gate_up_A2I: Tensor, limit: float) -> Tensor:
 def clamped_halves(gate_up_A2I: Tensor, limit: float) -> Tensor:
     """The same for chips without that op: both halves are clamped first, since npu_swiglu has no clamp."""
     gate, up = gate_up_A2I.chunk(2, -1)
-    h: Tensor = torch.ops.npu.npu_swiglu(torch.cat((gate.clamp(max=limit), up.clamp(-limit, limit)), -1), dim=-1)
+    h: Tensor = torch.ops.npu.npu_swiglu(input=torch.cat((gate.clamp(max=limit), up.clamp(-limit, limit)), -1), dim=-1)
     return h
 
 
