@@ -243,3 +243,9 @@ def _quant_matmul(g: torch.Generator) -> Arguments:
 @legal("npu::npu_transpose_batchmatmul")
 def _transpose_bmm(g: torch.Generator) -> Arguments:
     return {"input": bf16(g, 5, 8, 256), "weight": bf16(g, 8, 256, 64), "perm_x1": [1, 0, 2], "perm_x2": [0, 1, 2], "perm_y": [1, 0, 2]}
+
+
+@legal("npu::npu_moe_re_routing")
+def _re_routing(g: torch.Generator) -> Arguments:
+    counts = ints(2, 0, 1, 1, 3, 0, dtype=torch.int64).view(2, 3)
+    return {"tokens": bf16(g, 10, 64), "expert_token_num_per_rank": counts, "per_token_scales": fp32(g, 10), "expert_token_num_type": 1, "idx_type": 0}

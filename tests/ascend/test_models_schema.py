@@ -13,8 +13,8 @@ from tools.npu_standin import models, schemas
 from tools.npu_standin.models.cann_functions import FUNCTIONS
 
 NAMES = sorted(models.load())
-UNUSED = {"npu::npu_format_cast", "custom::kv_compress_epilog", "custom::indexer_compress_epilog"}
-"""Models without limits: a change of storage, and two that no adapter calls."""
+UNUSED = {"custom::kv_compress_epilog", "custom::indexer_compress_epilog"}
+"""Models without limits: no adapter calls them."""
 
 
 def _of_model(fn: Any) -> list[tuple[str, bool, Any]]:
