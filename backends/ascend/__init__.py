@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import backends.cpu
-from backends.ascend import attention, cache, compress, gate, hyper, indexer, linear, moe, norm, rope
+from backends.ascend import attention, cache, compress, gate, hyper, indexer, int8, linear, moe, mx, norm, rope
 from backends.ascend.chips import SOCS
 from backends.ascend.failures import explain_failure
 from backends.ascend.limits import enforced
@@ -20,7 +20,7 @@ from backends.ascend.probe import device_type, memory_available, probe, unavaila
 from ops.probe import Probe
 
 __all__ = ["DEVICE", "SOCS", "attention", "backends", "cache", "checks", "compress", "explain_failure", "gate", "hyper", "indexer"]
-__all__ += ["linear", "memory_available", "moe", "norm", "prepare", "probe", "rope", "unavailable"]
+__all__ += ["int8", "linear", "memory_available", "moe", "mx", "norm", "prepare", "probe", "rope", "unavailable"]
 
 if TYPE_CHECKING:
     DEVICE: torch.device

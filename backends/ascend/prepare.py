@@ -20,6 +20,7 @@ RECIPES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ".gate.weight": (torch.Tensor.float, "logits are an fp32 product: the weight [E, D] is widened once instead of in every call"),
     ".gate.tid2eid": (lambda table: table.to(torch.int32), "npu_moe_gating_top_k takes the table as int32"),
     ".attn.wo_a": (_inputs_first, "npu_transpose_batchmatmul takes [G, K, N]"),
+    ".ffn.experts.s13": (lambda scale: scale.float() if scale.dtype == torch.bfloat16 else scale, "npu_dequant_swiglu_quant takes fp32 scales"),
     ".compressor.norm.weight": (torch.Tensor.float, "custom.compressor takes its norm weight in fp32"),
 }
 """Ending of a parameter's name -> what is done with it, and why."""
