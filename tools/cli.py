@@ -28,7 +28,7 @@ def _generate(verbs: Any) -> None:
 
 
 def _checkpoint(verbs: Any) -> None:
-    p = verbs.add_parser("checkpoint", help="make, plan or verify checkpoints")
+    p = verbs.add_parser("checkpoint", help="make, plan, verify or convert checkpoints")
     actions = p.add_subparsers(dest="action", required=True)
     make = actions.add_parser("make", help="write a random model in the hub's format")
     make.add_argument("--config", required=True, help="name in configs/ (nano, mini, ...) or path of a config.json")
@@ -43,7 +43,12 @@ def _checkpoint(verbs: Any) -> None:
     plan.add_argument("--storage", choices=("hub", "f32", "bf16"), default="hub")
     verify = actions.add_parser("verify", help="find damage")
     verify.add_argument("directory", metavar="DIR")
-    for action in (make, plan, verify):
+    convert = actions.add_parser("convert", help="store the weights for a chip's products")
+    convert.add_argument("directory", metavar="DIR")
+    convert.add_argument("--target", required=True, metavar="MODE", help="ascend-a2-w8a8, ascend-a3-w8a8 or ascend-950-mx")
+    convert.add_argument("--out", required=True, metavar="DIR")
+    convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    for action in (make, plan, verify, convert):
         action.add_argument("--json", action="store_true")
 
 

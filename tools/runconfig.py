@@ -63,7 +63,7 @@ class RunConfig:
             _check_type(f.name, str(f.type), getattr(self, f.name))
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
-        if self.numerics not in ("exact", "reference"):
+        if self.numerics not in ("exact", "reference", "stored"):
             raise ValueError(f"numerics: found {self.numerics!r}, expected 'exact' or 'reference'")
 
     def override(self, values: Mapping[str, Any]) -> RunConfig:
