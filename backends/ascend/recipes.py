@@ -17,6 +17,6 @@ class Mode(NamedTuple):
 TARGETS = {
     "ascend-a2-w8a8": Mode("int8", ("910b",), "stored", "INT8 weights per channel, INT8 activations per token"),
     "ascend-a3-w8a8": Mode("int8", ("910_93",), "stored", "INT8 weights per channel, INT8 activations per token"),
-    "ascend-950-mx": Mode("mx", ("950",), "stored", "FP8 weights, MXFP4 experts, FP8 activations, all scales powers of two; a hub checkpoint keeps its bits"),
+    "ascend-950-mx": Mode("mx", ("950",), "stored", "FP8 weights and activations, MXFP4 experts, scales powers of two; a hub checkpoint keeps its bits"),
 }
 """Name on the command line -> mode. bf16 needs no conversion: --numerics exact dequantises while loading."""

@@ -35,7 +35,16 @@ def fill(module: nn.Module, device: torch.device, seed: int = 0) -> None:
     """Random parameters in place of those without storage."""
     g = torch.Generator().manual_seed(seed)
     for name, p in list(module.named_parameters()):
-        if p.dtype == torch.int64:
+        inputs = p.shape[-1] * (2 if p.dtype == torch.uint8 else 1)
+        if p.dtype in (torch.int8, torch.uint8):
+            value = torch.randint(0 if p.dtype == torch.uint8 else -127, 128, p.shape, generator=g)
+        elif p.dtype == torch.float8_e8m0fnu:
+            value = torch.full(p.shape, 2.0**-6)
+        elif name.endswith((".scale", ".s13", ".s2")):
+            value = (1 + torch.rand(p.shape, generator=g)) * 2.0**-12
+        elif p.dtype == torch.float8_e4m3fn:
+            value = torch.randn(p.shape, generator=g) * 64 * inputs**-0.5
+        elif p.dtype == torch.int64:
             value = torch.stack([torch.randperm(8, generator=g)[: p.shape[1]] for _ in range(p.shape[0])])
         elif p.dim() == 1:
             value = torch.randn(p.shape, generator=g) * 0.2 + (1.0 if "norm" in name else 0.0)
@@ -70,11 +79,11 @@ def watch(binding: Binding, seen: Seen, judged: frozenset[str]) -> SimpleNamespa
 
 def run(
     config: Config, binding: Binding, prepare: Callable[[nn.Module], None] | None, device: torch.device, *, stored: int, counts: list[int],
-    judged: frozenset[str] = frozenset(), dtype: torch.dtype = torch.bfloat16,
+    judged: frozenset[str] = frozenset(), dtype: torch.dtype = torch.bfloat16, linears: str = "dense", experts: str = "dense",
 ) -> tuple[list[Tensor], Seen]:  # fmt: skip
     """Streams of calls of `counts` tokens behind `stored` synthetic ones, and what ran."""
     seen = Seen()
-    model = Model(Settings(config, watch(binding, seen, judged), dtype), mtp=False)
+    model = Model(Settings(config, watch(binding, seen, judged), dtype, linears=linears, experts=experts), mtp=False)
     fill(model, device)
     if prepare is not None:
         prepare(model)
