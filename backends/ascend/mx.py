@@ -99,6 +99,7 @@ def _grouped_experts_fp4(
     quantize: bool = True,
 ) -> Tensor:  # fmt: skip
     round_rows = quant_fp8.impls["cpu"].fn
-    gate_up = _fp4_product(*round_rows(rows_AD), w13, s13, counts_E)
-    h_AI = (clamped_halves(gate_up, limit) * row_weight_A[:, None]).to(rows_AD.dtype)
-    return _fp4_product(*round_rows(h_AI), w2, s2, counts_E)
+    codes, scale = round_rows(rows_AD)
+    h_AI = clamped_halves(_fp4_product(codes, scale, w13, s13, counts_E), limit) * row_weight_A[:, None]
+    codes, scale = round_rows(h_AI.to(rows_AD.dtype))
+    return _fp4_product(codes, scale, w2, s2, counts_E)
