@@ -37,9 +37,10 @@ def fill(module: nn.Module, device: torch.device, seed: int = 0) -> None:
     for name, p in list(module.named_parameters()):
         inputs = p.shape[-1] * (2 if p.dtype == torch.uint8 else 1)
         if p.dtype in (torch.int8, torch.uint8):
-            value = torch.randint(0 if p.dtype == torch.uint8 else -127, 128, p.shape, generator=g)
+            low, high = (0, 256) if p.dtype == torch.uint8 else (-127, 128)
+            value = torch.randint(low, high, p.shape, generator=g)
         elif p.dtype == torch.float8_e8m0fnu:
-            value = torch.full(p.shape, 2.0**-6)
+            value = torch.full(p.shape, 2.0 ** (-8 if ".experts." in name else -6))
         elif name.endswith((".scale", ".s13", ".s2")):
             value = (1 + torch.rand(p.shape, generator=g)) * 2.0**-12
         elif p.dtype == torch.float8_e4m3fn:

@@ -110,7 +110,7 @@ PLANTS = [
     Plant("interleaved_halves", "clamped_swiglu", "npu::npu_clipped_swiglu", without("interleaved"), of("clamped_swiglu", "flash"), OLDER),
     # without activate_dim the host code of 950 calls an older kernel, which drops mode and clamp
     Plant("clamp_dropped_on_950", "grouped_experts_int8", "npu::npu_dequant_swiglu_quant", without("activate_dim"), int8_experts, ("950",)),
-    Plant("up_half_first", "grouped_experts_int8", "npu::npu_dequant_swiglu_quant", to(activate_left=False), int8_experts),
+    Plant("up_half_first", "grouped_experts_int8", "npu::npu_dequant_swiglu_quant", to(activate_left=False), of("grouped_experts_int8", "flash")),
     Plant("swiglu_mode_of_plain_swiglu", "grouped_experts_int8", "npu::npu_dequant_swiglu_quant", to(swiglu_mode=0), int8_experts),
     Plant("counts_read_as_cumulative", "moe_mlp", "npu::npu_grouped_matmul", without("group_list_type"), moe_clamped),
     Plant("group_type_missing", "moe_mlp", "npu::npu_grouped_matmul", without("group_type"), moe_clamped),
@@ -209,9 +209,10 @@ def test_planted_fault_is_seen(plant: Plant, soc: str, device: torch.device) -> 
     assert not verdict.ok
 
 
-@pytest.mark.parametrize("soc", ["950"], indirect=True)
 def test_the_clamp_lost_on_950_shows_in_the_numbers_too(soc: str, device: torch.device) -> None:
     """Without the limits in the way: the older kernel, reached by a missing activate_dim, gives other results."""
+    if soc != "950":
+        pytest.skip("the older kernel is reached on 950 only")
     plant = next(p for p in PLANTS if p.name == "clamp_dropped_on_950")
     fn = getattr(binding_of(soc, BF16, plant.op).ops, plant.op)
     fn = fn if device.type == "cpu" else on_device(fn, CONTRACTS[plant.op], device)
