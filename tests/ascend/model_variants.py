@@ -50,13 +50,13 @@ _add(GROUPED, "w8a8", ALL, lambda g: {
 _add(GROUPED, "int32", ALL, lambda g: {"x": [int8(g, 12, 64)], "weight": [int8(g, 4, 64, 96)], "output_dtype": 3})
 _add(GROUPED, "cumulative", ALL, lambda g: {"group_list": torch.tensor([3, 3, 8, 10]), "group_list_type": 0})
 _add(GROUPED, "mxfp8", NEWER, lambda g: {
-    "x": [e4m3(g, 12, 64)], "weight": [e4m3(g, 4, 64, 96)], "scale": [powers(g, 4, 1, 96, 2)], "per_token_scale": [powers(g, 12, 1, 2)],
+    "x": [e4m3(g, 12, 160)], "weight": [e4m3(g, 4, 160, 96)], "scale": [powers(g, 4, 3, 96, 2)], "per_token_scale": [powers(g, 12, 3, 2)],
     "scale_dtype": E8M0, "per_token_scale_dtype": E8M0, "output_dtype": 15})  # fmt: skip
 _add(GROUPED, "w4a8", NEWER, lambda g: {
-    "x": [e4m3(g, 12, 64)], "weight": [codes(g, 4, 96, 32).transpose(1, 2)], "antiquant_scale": [powers(g, 4, 96, 1, 2).transpose(1, 2)],
-    "per_token_scale": [powers(g, 12, 1, 2)], "weight_dtype": FP4, "per_token_scale_dtype": E8M0, "output_dtype": 15, "tuning_config": [0]})  # fmt: skip
+    "x": [e4m3(g, 12, 160)], "weight": [codes(g, 4, 96, 80).transpose(1, 2)], "antiquant_scale": [powers(g, 4, 96, 3, 2).transpose(1, 2)],
+    "per_token_scale": [powers(g, 12, 3, 2)], "weight_dtype": FP4, "per_token_scale_dtype": E8M0, "output_dtype": 15, "tuning_config": [0]})  # fmt: skip
 _add(GROUPED, "w4a4", NEWER, lambda g: {
-    "x": [codes(g, 12, 32)], "weight": [codes(g, 4, 64, 48)], "scale": [powers(g, 4, 1, 96, 2)], "per_token_scale": [powers(g, 12, 1, 2)],
+    "x": [codes(g, 12, 80)], "weight": [codes(g, 4, 160, 48)], "scale": [powers(g, 4, 3, 96, 2)], "per_token_scale": [powers(g, 12, 3, 2)],
     "x_dtype": FP4, "weight_dtype": FP4, "scale_dtype": E8M0, "per_token_scale_dtype": E8M0, "output_dtype": 15})  # fmt: skip
 _add("npu::npu_dynamic_mx_quant", "fp4", NEWER, lambda g: {"dst_type": FP4})
 _add("npu::npu_anti_mx_quant", "fp4", NEWER, lambda g: {"x": codes(g, 5, 256), "src_type": FP4})

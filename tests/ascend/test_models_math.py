@@ -39,6 +39,12 @@ def test_norm():
     near(rstd[:, 0], given["input"].double().square().mean(1).add(1e-6).rsqrt(), 4)
 
 
+def test_norm_adds_epsilon_to_the_mean():
+    tiny = torch.full((1, 512), 1e-3)
+    y, _ = call("npu::npu_rms_norm", input=tiny, gamma=torch.ones(512), epsilon=1e-6)
+    near(y, torch.full((1, 512), 0.5**0.5, dtype=torch.float64), 4)
+
+
 def test_norm_and_int8():
     given = arguments("custom::npu_rms_norm_dynamic_quant")
     codes, scale = call("custom::npu_rms_norm_dynamic_quant")

@@ -278,6 +278,13 @@ def test_scatter_skips_negative_slots_in_one_package_only():
         call("npu::npu_scatter_nd_update_", indices=given["indices"])
 
 
+def test_scatter_writes_the_first_slot():
+    given = arguments("custom::scatter_nd_update_asc")
+    var = given["var"]
+    call("custom::scatter_nd_update_asc", var=var, indices=torch.tensor([[0], [-1], [1]]))
+    assert torch.equal(var[:2], given["update"][[0, 2]])
+
+
 def test_scatter_leaves_a_slot_written_twice_undefined():
     update = torch.stack([torch.full((512,), float(i)) for i in (1, 2, 3)]).bfloat16()
     var = torch.zeros(64, 512).bfloat16()
