@@ -116,7 +116,8 @@ def _check_overrides(overrides: Mapping[str, str]) -> None:
             raise ValueError(f"override for unknown op {op!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _chained(impls: Sequence[Impl], reference: Callable[..., Any]) -> Callable[..., Any]:
+def chained(impls: Sequence[Impl], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """One function of several implementations: the first whose shape rule takes the call runs it."""
     pairs = [(i.when, i.fn) for i in impls]
 
     @functools.wraps(reference)
@@ -141,7 +142,7 @@ def _checked(contract: Contract, fn: Callable[..., Any], checks: Sequence[Callab
     return call
 
 
-def _usable(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype) -> tuple[list[Impl], list[str]]:
+def usable(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype) -> tuple[list[Impl], list[str]]:
     """The backend's implementations that can be bound, up to the first that takes every call, and the reasons of those before it that can not."""
     found: list[Impl] = []
     refused: list[str] = []
@@ -174,19 +175,19 @@ def _choose(
     ops: SimpleNamespace,
     chosen: Mapping[str, Choice],
 ) -> tuple[list[Impl], Choice]:
-    usable: list[Impl] = []
+    found: list[Impl] = []
     notes: list[tuple[str, str]] = []
 
     def decided() -> tuple[list[Impl], Choice]:
-        return usable, Choice(contract.name, tuple(dict.fromkeys(i.backend for i in usable)), tuple(notes))
+        return found, Choice(contract.name, tuple(dict.fromkeys(i.backend for i in found)), tuple(notes))
 
     for backend in order:
-        own, refused = _usable(contract, backend, probes[backend], dtype)
+        own, refused = usable(contract, backend, probes[backend], dtype)
         if (not own or own[-1].when is not None) and contract.compose and all(chosen[p].used == (backend,) for p in contract.parts):
             fn = contract.compose(SimpleNamespace(**{p: getattr(ops, p) for p in contract.parts}))
             own.append(Impl(backend, fn, frozenset(), frozenset(), (), None, f"composed of {', '.join(contract.parts)}"))
         notes.append((backend, _note(own, refused)))
-        usable += own
+        found += own
         if own and own[-1].when is None:
             return decided()
     listing = "\n".join(f"  {b:14s} {r}" for b, r in notes)
@@ -230,7 +231,7 @@ def bind(
     for contract in sorted(wanted, key=lambda c: bool(c.parts)):
         order = (pinned[contract.name],) if contract.name in pinned else tuple(chain)
         impls, choice = _choose(contract, order, known, dtype, ops, chosen)
-        fn = impls[0].fn if len(impls) == 1 else _chained(impls, contract.reference)
+        fn = impls[0].fn if len(impls) == 1 else chained(impls, contract.reference)
         setattr(ops, contract.name, _checked(contract, fn, checks) if checked else fn)
         chosen[contract.name], bound[contract.name] = choice, tuple(impls)
     return Binding(ops, tuple(chosen[n] for n in sorted(chosen)), tuple(chain), bound)

@@ -20,6 +20,7 @@ REASONS = {
     "dequant_fp8_block": "no op dequantises 128 x 128 blocks of E8M0 scales",
     "dequant_int8": "a cast and a product",
     "dequant_mxfp4": "no exact form documented for A2 and A3",
+    "grouped_experts_fp8": "no mode has FP8 experts: the hub's are FP4, converted ones INT8",
     "hadamard": "no op; a product with a constant matrix",
     "hc_head": "no package has a fused op",
     "index_insert_fp4": "the vendor's epilogue has another layout of scales",
