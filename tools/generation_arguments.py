@@ -28,6 +28,7 @@ def add(p: Any) -> None:
     p.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
     p.add_argument("--ops", metavar="OP=BACKEND,...", help="backend of single ops")
     p.add_argument("--batch-invariant", action="store_true", default=None, help="results do not depend on what else runs")
+    p.add_argument("--checked", action="store_true", default=None, help="hold every op call to its contract and to the vendor's limits; slow")
     p.add_argument("--strict", action="store_true", default=None, help="no fallback to plain torch")
     p.add_argument("--speculative", action="store_true", default=None, help="draft with the MTP block; same tokens")
     p.add_argument(
