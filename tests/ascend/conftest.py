@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if LEVEL == "l3":  # what does not touch the device has run at l2
-        without = [i for i in items if "soc" not in getattr(i, "fixturenames", ())]
+        without = [i for i in items if not {"device", "standin"} & set(getattr(i, "fixturenames", ()))]
         config.hook.pytest_deselected(items=without)
         items[:] = [i for i in items if i not in without]
     for item in items:
