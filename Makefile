@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | bench; each sets up .venv first and repeats nothing that is already done.
+# make demo | test | test-all | test-ascend | lint | bench; each sets up .venv first and repeats nothing that is already done.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -9,6 +9,8 @@ VENV ?= .venv
 JOBS ?= auto
 # extra pip arguments for torch, for instance: make setup TORCH_PIP="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_PIP ?=
+# chips that test-ascend pretends, each in a process of its own
+SOCS ?= a2 a3 950
 PROMPT ?= Hello! Who are you?
 TOKENS ?= 48
 
@@ -16,13 +18,19 @@ BIN := $(VENV)/bin
 TORCH := $(VENV)/.torch-installed
 READY := $(VENV)/.ready
 NANO := build/nano
+ASCEND_VENV ?= .venv-ascend
+ASCEND_BIN := $(ASCEND_VENV)/bin
+ASCEND_TORCH := $(ASCEND_VENV)/.torch-installed
+ASCEND_READY := $(ASCEND_VENV)/.ready
 
-.PHONY: help setup demo test test-all parity-nightly lint bench clean
+.PHONY: help setup demo test test-all test-ascend test-ascend-device parity-nightly lint bench clean
 
 help:
 	@echo "make demo      make a small random model in the hub's format and let it generate tokens"
 	@echo "make test      fast tests (under 10 minutes on 2 cores)"
 	@echo "make test-all  every test"
+	@echo "make test-ascend  the ascend backend against torch_npu on a CPU, for three chips (own environment, no NPU needed)"
+	@echo "make test-ascend-device  the same tests on the NPU of this machine"
 	@echo "make parity-nightly  100,000 judged cases, mutants on 20 seeds, legal variants on 50"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     CPU timings beside transformers (long)"
@@ -55,6 +63,29 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m ""
+
+# torch_npu stops `import torch` where CANN is absent, so it never enters the main environment
+$(ASCEND_TORCH): constraints-cpu.txt
+	@test -x $(ASCEND_BIN)/python || $(PYTHON) -m venv $(ASCEND_VENV) || { echo "python3 -m venv failed: install the venv package of your system (Debian: apt install python3-venv)" >&2; exit 2; }
+	$(ASCEND_BIN)/python -m pip install --quiet $(TORCH_PIP) "$$(grep -E '^torch==' constraints-cpu.txt)"
+	@touch $@
+
+$(ASCEND_READY): $(ASCEND_TORCH) setup.cfg pyproject.toml constraints-ascend.txt
+	$(ASCEND_BIN)/python -m pip install --quiet -c constraints-ascend.txt torch_npu -e '.[test,dev]'
+	@touch $@
+
+# l1 and l2 for all chips in one go, then device npu for each chip
+test-ascend: $(ASCEND_READY)
+	$(ASCEND_BIN)/python -m tools.npu_standin build
+	$(ASCEND_BIN)/python -m pytest -q -n $(JOBS) tests/ascend
+	@for soc in $(SOCS); do \
+		echo "device npu, pretended on $$soc"; \
+		V4_TEST_LEVEL=l3 V4_TEST_SOC=$$soc $(ASCEND_BIN)/python -m pytest -q -n $(JOBS) tests/ascend || exit 1; \
+	done
+
+# on a machine with an NPU, in an environment that has torch_npu: nothing is pretended
+test-ascend-device:
+	V4_TEST_DEVICE=npu $(PYTHON) -m pytest -q tests/ascend
 
 parity-nightly: $(READY)
 	$(BIN)/v4 parity --jobs 0 --samples 520 --min-cases 100000 --mutant-seeds 20 --legal-seeds 50 --html build/parity.html --json build/parity.json --overwrite

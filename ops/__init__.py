@@ -1,5 +1,10 @@
 """Op contracts: what each op means. Importing this package declares all of them; it imports torch only."""
 
+import os
+
+# torch would load every vendor extension it finds while it is imported, and a broken one would stop it; the backend of that vendor loads its own
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
 from ops import attention, cache, comm, compress, hyper, indexer, linear, moe, norm, quant, rope, sample
 from ops.contract import CONTRACTS, Contract, Cost, Sample, WrongInput
 from ops.registry import Binding, NoImplementation, bind

@@ -68,7 +68,8 @@ class Impl:
 
     `dtypes`: activation types it accepts (empty: any). `soc`: chip names (empty: any). `needs`: names
     that the probe must know, for instance torch ops. `when`: a predicate over the call's arguments that
-    reads shapes and dtypes only, never values.
+    reads shapes and dtypes only, never values. `name`: which of the backend's implementations this is, "" where it has one, or for the
+    one that takes what the named ones refuse.
     """
 
     backend: str
@@ -78,6 +79,12 @@ class Impl:
     needs: tuple[str, ...]
     when: Callable[..., bool] | None
     note: str
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """How tables call it: its name, else its note, else its backend."""
+        return self.name or self.note or self.backend
 
     def refusal(self, probe: Probe, dtype: torch.dtype) -> str | None:
         """The reason why this implementation cannot be bound here, or None when it can."""
@@ -147,21 +154,30 @@ class Contract:
         needs: Sequence[str] = (),
         when: Callable[..., bool] | None = None,
         note: str = "",
+        name: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a backend's implementation; refuses a second one and a differing signature (ValueError)."""
+        """Register a backend's implementation; refuses a second one and a differing signature (ValueError).
+
+        A backend that has several gives each a `name`; they are tried in the order of registration, the one without a name last.
+        """
+        key = f"{backend}:{name}" if name else backend
 
         def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-            if backend in self.impls:
-                raise ValueError(f"op {self.name}: backend {backend!r} registered twice")
+            if key in self.impls:
+                raise ValueError(f"op {self.name}: backend {key!r} registered twice")
             if (found := _parameters(fn)) != (expected := _parameters(self.reference)):
                 raise ValueError(
                     f"op {self.name}, backend {backend}: signature differs from the contract\n"
                     f"  found    {[f[0] for f in found]}\n  expected {[e[0] for e in expected]} (names, kinds and defaults)"
                 )
-            self.impls[backend] = Impl(backend, fn, frozenset(dtypes), frozenset(soc), tuple(needs), when, note)
+            self.impls[key] = Impl(backend, fn, frozenset(dtypes), frozenset(soc), tuple(needs), when, note, name)
             return fn
 
         return add
+
+    def candidates(self, backend: str) -> list[Impl]:
+        """A backend's implementations in the order in which they are tried: named ones as registered, then the one without a name."""
+        return sorted((i for i in self.impls.values() if i.backend == backend), key=lambda i: not i.name)
 
 
 def tensors_bytes(*values: object) -> int:

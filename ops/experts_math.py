@@ -19,6 +19,9 @@ from ops.swiglu import activation, check_limit, subnormal, swiglu_error
 ACTIVATION_GROUP = 128
 _FP8_MAX, _AMAX_FLOOR = 448.0, 1e-4
 Weight: TypeAlias = Callable[[int, torch.dtype], Tensor]  # (expert, type) -> dense matrix
+Trip: TypeAlias = Callable[[Tensor, torch.dtype], Tensor]  # (activations, type) -> quantised and back
+# (values, errors) -> round trip, how far off each element may be, and by which share all elements of a row may be off together
+Interval: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | float]]
 
 
 def segments(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -46,17 +49,18 @@ def experts_reference(
     limit: float,
     quantize: bool,
     compute: torch.dtype,
+    trip: Trip = roundtrip_activation,
 ) -> Tensor:
-    """w2(swiglu(w13 x) * row_weight) of each row by its expert; with `quantize` both products take FP8 activations."""
-    x_AD = roundtrip_activation(rows_AD, compute) if quantize else rows_AD.to(compute)
+    """w2(swiglu(w13 x) * row_weight) of each row by its expert; with `quantize` both products take activations rounded by `trip` (FP8)."""
+    x_AD = trip(rows_AD, compute) if quantize else rows_AD.to(compute)
     y_AD = torch.zeros(rows_AD.shape, dtype=compute)
     for e, i, j in segments(counts_E):
         h = activation(x_AD[i:j] @ w13(e, compute).T, limit) * row_weight_A[i:j].to(compute)[:, None]
-        y_AD[i:j] = (roundtrip_activation(h, compute) if quantize else h) @ w2(e, compute).T
+        y_AD[i:j] = (trip(h, compute) if quantize else h) @ w2(e, compute).T
     return y_AD
 
 
-def _fp8_interval(h: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def _fp8_interval(h: Tensor, error: Tensor) -> tuple[Tensor, Tensor, float]:
     """FP8 round trip of h per 128 channels, and how far that of any value within h +- error may lie from it."""
     rows, width = h.shape
     pad = -width % ACTIVATION_GROUP
@@ -74,20 +78,22 @@ def _fp8_interval(h: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     for amax in ((h.abs() - error).amax(-1, keepdim=True), (h.abs() + error).amax(-1, keepdim=True)):
         for value in (h - error, h, h + error):
             reach = torch.maximum(reach, (trip(value, scale_of(amax)) - exact).abs())
-    return exact.reshape(rows, -1)[:, :width], reach.reshape(rows, -1)[:, :width]
+    # scales are powers of two: one that is off is off by a factor of 2, which is in the reach
+    return exact.reshape(rows, -1)[:, :width], reach.reshape(rows, -1)[:, :width], 0.0
 
 
 def experts_bound(
-    rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Weight, w2: Weight, *, limit: float, quantize: bool
-) -> Tensor:
+    rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Weight, w2: Weight, *, limit: float, quantize: bool,
+    trip: Trip = roundtrip_activation, interval: Interval = _fp8_interval,
+) -> Tensor:  # fmt: skip
     """Error bound [A, D] of grouped experts whose products accumulate in fp32.
 
-    gate, up and h may be rounded to the rows' type; FP8 codes of h may differ where h is uncertain across a rounding
+    gate, up and h may be rounded to the rows' type; codes of h may differ where h is uncertain across a rounding
     boundary. Errors of h are independent, so their sum over I is bounded by SPREAD times its root mean square, and by the
     plain sum.
     """
     unit = bounds.roundoff(rows_AD.dtype)
-    x_AD = roundtrip_activation(rows_AD, torch.float64) if quantize else rows_AD.double()
+    x_AD = trip(rows_AD, torch.float64) if quantize else rows_AD.double()
     bound_AD = torch.zeros(rows_AD.shape, dtype=torch.float64)
     for e, i, j in segments(counts_E):
         a, b = w13(e, torch.float64), w2(e, torch.float64)
@@ -95,9 +101,11 @@ def experts_bound(
         error = bounds.accumulate(x_AD.shape[1], x_AD[i:j].abs() @ a.abs().T) + unit * gate_up.abs() + subnormal(rows_AD.dtype)
         h, h_error = swiglu_error(gate_up, error, row_weight_A[i:j], limit)
         h_error = h_error + unit * h.abs() + subnormal(rows_AD.dtype)
+        together: Tensor | float = 0.0
         if quantize:
-            h, h_error = _fp8_interval(h, h_error)
+            h, h_error, together = interval(h, h_error)
         carried = torch.minimum(h_error @ b.abs().T, bounds.SPREAD * (h_error.square() @ b.square().T).sqrt())
+        carried = carried + together * (h @ b.T).abs()
         bound_AD[i:j] = carried + bounds.accumulate(h.shape[1], h.abs() @ b.abs().T) + subnormal(rows_AD.dtype)
     return bound_AD
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from ops import bounds
 from ops.contract import Contract, Cost, Sample, WrongInput, tensors_bytes
 from ops.experts import check_dense_experts, grouped_experts
+from ops.experts_int8 import grouped_experts_int8
 from ops.experts_quant import grouped_experts_fp4, grouped_experts_fp8
 from ops.experts_samples import ONE_SIDED, sample_dense, sample_one_sided
 from ops.gate import gate_hash, gate_topk
 from ops.swiglu import check_limit, clamped_swiglu
 
 __all__ = ["clamped_swiglu", "gate_hash", "gate_topk", "grouped_experts", "grouped_experts_fp4", "grouped_experts_fp8"]
-__all__ += ["moe_combine", "moe_dispatch", "moe_mlp"]
+__all__ += ["grouped_experts_int8", "moe_combine", "moe_dispatch", "moe_mlp"]
 
 
 def _check_routing(op: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -51,15 +52,19 @@ class Binding:
 
     def backend_of(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """The backend that runs this call: the first of the op's implementations whose shape rule takes it."""
-        return next(i.backend for i in self.impls[op] if i.when is None or i.when(*args, **kwargs))
+        return self.impl_of(op, args, kwargs).backend
+
+    def impl_of(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Impl:
+        """The implementation that runs this call: the first one whose shape rule takes it."""
+        return next(i for i in self.impls[op] if i.when is None or i.when(*args, **kwargs))
 
     def explain(self) -> str:
         """Table of op, implementation used, and each refusal."""
         width = max((len(c.op) for c in self.choices), default=2)
         lines = [f"{'op':<{width}}  used"]
         for c in self.choices:
-            refused = "; ".join(f"{b}: {r}" for b, r in c.notes if b not in c.used)
-            lines.append(f"{c.op:<{width}}  {' -> '.join(c.used)}" + (f"   ({refused})" if refused else ""))
+            told = "; ".join(f"{b}: {r}" for b, r in c.notes if b not in c.used or not r.startswith("used"))
+            lines.append(f"{c.op:<{width}}  {' -> '.join(c.used)}" + (f"   ({told})" if told else ""))
         return "\n".join(lines)
 
     def table(self) -> list[dict[str, Any]]:
@@ -111,7 +116,8 @@ def _check_overrides(overrides: Mapping[str, str]) -> None:
             raise ValueError(f"override for unknown op {op!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _chained(impls: Sequence[Impl], reference: Callable[..., Any]) -> Callable[..., Any]:
+def chained(impls: Sequence[Impl], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """One function of several implementations: the first whose shape rule takes the call runs it."""
     pairs = [(i.when, i.fn) for i in impls]
 
     @functools.wraps(reference)
@@ -124,13 +130,41 @@ def _chained(impls: Sequence[Impl], reference: Callable[..., Any]) -> Callable[.
     return call
 
 
-def _checked(contract: Contract, fn: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(contract: Contract, fn: Callable[..., Any], checks: Sequence[Callable[[], AbstractContextManager[None]]]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         contract.meta(*args, **kwargs)
-        return fn(*args, **kwargs)
+        with ExitStack() as stack:
+            for check in checks:
+                stack.enter_context(check())
+            return fn(*args, **kwargs)
 
     return call
+
+
+def usable(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype) -> tuple[list[Impl], list[str]]:
+    """The backend's implementations that can be bound, up to the first that takes every call, and the reasons of those before it that can not."""
+    found: list[Impl] = []
+    refused: list[str] = []
+    for impl in contract.candidates(backend):
+        if (reason := impl.refusal(probe, dtype)) is not None:
+            refused.append(f"{impl.name}: {reason}" if impl.name else reason)
+            continue
+        found.append(impl)
+        if impl.when is None:
+            break
+    return found, refused
+
+
+def _note(own: Sequence[Impl], refused: Sequence[str]) -> str:
+    """What a backend answers for an op: what runs, under which condition, and why the rest does not."""
+    if not own:
+        return "; ".join(refused) or "not written"
+    if len(own) == 1 and not own[0].name:
+        used = own[0].note or ("used" if own[0].when is None else "used where its shape rule holds")
+    else:
+        used = ", else ".join(i.label + (f" [{i.note}]" if i.name and i.note else "") + (" where its shape rule holds" if i.when else "") for i in own)
+    return used + (f" ({'; '.join(refused)})" if refused else "")
 
 
 def _choose(
@@ -141,23 +175,21 @@ def _choose(
     ops: SimpleNamespace,
     chosen: Mapping[str, Choice],
 ) -> tuple[list[Impl], Choice]:
-    usable: list[Impl] = []
+    found: list[Impl] = []
     notes: list[tuple[str, str]] = []
+
+    def decided() -> tuple[list[Impl], Choice]:
+        return found, Choice(contract.name, tuple(dict.fromkeys(i.backend for i in found)), tuple(notes))
+
     for backend in order:
-        impl = contract.impls.get(backend)
-        reason = impl.refusal(probes[backend], dtype) if impl else "not written"
-        if impl and reason is None:
-            usable.append(impl)
-            notes.append((backend, impl.note or ("used" if impl.when is None else "used where its shape rule holds")))
-            if impl.when is None:
-                return usable, Choice(contract.name, tuple(i.backend for i in usable), tuple(notes))
-            continue
-        if contract.compose and all(chosen[p].used == (backend,) for p in contract.parts):
-            notes.append((backend, f"composed of {', '.join(contract.parts)}" + (f" ({reason})" if impl else "")))
+        own, refused = usable(contract, backend, probes[backend], dtype)
+        if (not own or own[-1].when is not None) and contract.compose and all(chosen[p].used == (backend,) for p in contract.parts):
             fn = contract.compose(SimpleNamespace(**{p: getattr(ops, p) for p in contract.parts}))
-            usable.append(Impl(backend, fn, frozenset(), frozenset(), (), None, "composed"))
-            return usable, Choice(contract.name, tuple(i.backend for i in usable), tuple(notes))
-        notes.append((backend, reason or "not written"))
+            own.append(Impl(backend, fn, frozenset(), frozenset(), (), None, f"composed of {', '.join(contract.parts)}"))
+        notes.append((backend, _note(own, refused)))
+        found += own
+        if own and own[-1].when is None:
+            return decided()
     listing = "\n".join(f"  {b:14s} {r}" for b, r in notes)
     raise NoImplementation(
         f"{contract.name}: no implementation takes every input for {dtype}\n{listing}\n"
@@ -178,7 +210,8 @@ def bind(
 
     chain: backend names in order of preference. dtype: activation type. probes: per backend, instead of looking at
     this machine. overrides: op -> backend, above the chain; V4_OPS in the environment is used for ops not named here.
-    checked: validate every call against the contract first. only: bind just these ops (with their parts).
+    checked: validate every call against the contract first, inside the backends' own `checks(probe)`. only: bind just
+    these ops (with their parts).
     Raises NoImplementation with every backend's reason, ValueError for unknown backends or ops and for a backend that can not run here.
     """
     pinned = {**parse_overrides(os.environ.get("V4_OPS", "")), **(overrides or {})}
@@ -189,6 +222,7 @@ def bind(
         if name not in (probes or {}) and (why := unavailable(name)):
             raise ValueError(f"backend {name!r} can not run here: {why}")
     known = {name: (probes or {}).get(name) or modules[name].probe() for name in names}
+    checks = [functools.partial(modules[n].checks, known[n]) for n in names if checked and hasattr(modules[n], "checks")]
     ops = SimpleNamespace()
     chosen: dict[str, Choice] = {}
     bound: dict[str, tuple[Impl, ...]] = {}
@@ -197,8 +231,8 @@ def bind(
     for contract in sorted(wanted, key=lambda c: bool(c.parts)):
         order = (pinned[contract.name],) if contract.name in pinned else tuple(chain)
         impls, choice = _choose(contract, order, known, dtype, ops, chosen)
-        fn = impls[0].fn if len(impls) == 1 else _chained(impls, contract.reference)
-        setattr(ops, contract.name, _checked(contract, fn) if checked else fn)
+        fn = impls[0].fn if len(impls) == 1 else chained(impls, contract.reference)
+        setattr(ops, contract.name, _checked(contract, fn, checks) if checked else fn)
         chosen[contract.name], bound[contract.name] = choice, tuple(impls)
     return Binding(ops, tuple(chosen[n] for n in sorted(chosen)), tuple(chain), bound)
 

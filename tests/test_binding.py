@@ -108,3 +108,52 @@ def test_composed_op_is_made_of_the_bound_parts(monkeypatch: pytest.MonkeyPatch)
     q, angle = torch.randn(3, 2, 16), torch.randn(3, 4)
     found = binding.ops.q_norm_rope(q, angle.cos(), angle.sin(), eps=1e-6)
     assert torch.allclose(found, contract.reference(q, angle.cos(), angle.sin(), eps=1e-6, compute=torch.float32), atol=1e-6)
+
+
+def test_candidates_of_one_backend_are_tried_in_order_and_every_refusal_is_told(spare: Contract) -> None:
+    calls: list[str] = []
+
+    def candidate(name: str, **facts: object) -> None:
+        def fn(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+            calls.append(name)
+            return spare.impls["cpu"].fn(x, weight, eps=eps)
+
+        spare.implement("cpu_invariant", name=name, **facts)(fn)  # type: ignore[arg-type]
+
+    del spare.impls["cpu_invariant"]
+    candidate("first", needs=("vendor::first",))
+    candidate("second", when=lambda x, weight, *, eps: x.shape[0] > 1)
+    candidate("third", dtypes=(torch.bfloat16,))
+    candidate("")
+    with pytest.raises(ValueError, match="'cpu_invariant:second' registered twice"):
+        candidate("second")
+    binding = bind(("cpu_invariant",), dtype=torch.float32, only=["rms_norm"])
+    x, w = torch.randn(2, 8), torch.ones(8)
+    binding.ops.rms_norm(x, w, eps=1e-6)
+    binding.ops.rms_norm(x[:1], w, eps=1e-6)
+    assert calls == ["second", ""]
+    assert [i.name for i in binding.impls["rms_norm"]] == ["second", ""]
+    assert binding.impl_of("rms_norm", (x, w), {"eps": 1e-6}).name == "second"
+    note = dict(binding.choices[0].notes)["cpu_invariant"]
+    assert "second where its shape rule holds, else" in note
+    assert "first: missing vendor::first" in note and "third: no kernel for torch.float32" in note
+    assert "missing vendor::first" in binding.explain()
+
+
+def test_checked_calls_run_inside_the_backends_own_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import contextmanager
+
+    seen: list[str] = []
+
+    @contextmanager
+    def checks(probe: Probe):  # type: ignore[no-untyped-def]
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    monkeypatch.setattr(load_backend("cpu"), "checks", checks, raising=False)
+    x, w = torch.randn(2, 8), torch.ones(8)
+    bind(("cpu",), dtype=torch.float32, checked=True, only=["rms_norm"]).ops.rms_norm(x, w, eps=1e-6)
+    assert seen == ["in", "out"]
+    bind(("cpu",), dtype=torch.float32, only=["rms_norm"]).ops.rms_norm(x, w, eps=1e-6)
+    assert seen == ["in", "out"]

@@ -1,4 +1,4 @@
-"""`v4 checkpoint make | plan | verify`: random checkpoints in the hub's format, their sizes without weights, and damage."""
+"""`v4 checkpoint make | plan | verify | convert`: random checkpoints, their sizes without weights, damage, and storage for a chip."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools.runconfig import named_config
+from backends.ascend.recipes import TARGETS
+from tools.runconfig import named_config, nearest
 from v4.config import Config
+from v4.convert import REPORT, convert, report_of
 from v4.make import make
 from v4.prompt_texts import own_texts_file
 from v4.tensors import checkpoint_tensors
@@ -107,8 +109,30 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _convert(args: argparse.Namespace) -> int:
+    if args.target not in TARGETS:
+        raise ValueError(f"--target {args.target}: expected one of {', '.join(TARGETS)}{nearest(args.target, TARGETS)}")
+    mode = TARGETS[args.target]
+    if not Path(args.directory).is_dir():
+        raise ValueError(f"{args.directory}: no such directory; expected a checkpoint")
+    done = convert(args.directory, args.out, mode.kind, overwrite=args.overwrite, progress=not args.json and sys.stderr.isatty())
+    report = report_of(done.changes, done.copied)
+    if args.json:
+        head = {"directory": args.out, "target": args.target, "numerics": mode.numerics, "bytes": done.saved.bytes, "seconds": done.saved.seconds}
+        print(json.dumps({**head, **report}, indent=1))
+        return 0
+    print(f"{args.out}: {done.saved.tensors:,} tensors, {done.saved.bytes / 1e9:.3f} GB in {done.saved.seconds:.1f} s, read back and sound")
+    print(f"{done.copied} tensors copied bit for bit, {len(done.changes)} stored anew: {mode.what}")
+    for kind, row in report["by_type"].items():
+        print(f"  {kind:<20s}{row['tensors']:>8,} tensors, RMS error {row['rms']:.2e} of their RMS, worst {row['worst']:.2e} of their largest value")
+    print(f"per tensor: {Path(args.out) / REPORT}; run it with --numerics {mode.numerics}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """The verb; returns the exit code."""
+    if args.action == "convert":
+        return _convert(args)
     if args.action == "verify":
         return _verify(args)
     if args.action == "plan":

@@ -28,7 +28,7 @@ def _generate(verbs: Any) -> None:
 
 
 def _checkpoint(verbs: Any) -> None:
-    p = verbs.add_parser("checkpoint", help="make, plan or verify checkpoints")
+    p = verbs.add_parser("checkpoint", help="make, plan, verify or convert checkpoints")
     actions = p.add_subparsers(dest="action", required=True)
     make = actions.add_parser("make", help="write a random model in the hub's format")
     make.add_argument("--config", required=True, help="name in configs/ (nano, mini, ...) or path of a config.json")
@@ -43,7 +43,12 @@ def _checkpoint(verbs: Any) -> None:
     plan.add_argument("--storage", choices=("hub", "f32", "bf16"), default="hub")
     verify = actions.add_parser("verify", help="find damage")
     verify.add_argument("directory", metavar="DIR")
-    for action in (make, plan, verify):
+    convert = actions.add_parser("convert", help="store the weights for a chip's products")
+    convert.add_argument("directory", metavar="DIR")
+    convert.add_argument("--target", required=True, metavar="MODE", help="ascend-a2-w8a8, ascend-a3-w8a8 or ascend-950-mx")
+    convert.add_argument("--out", required=True, metavar="DIR")
+    convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    for action in (make, plan, verify, convert):
         action.add_argument("--json", action="store_true")
 
 
@@ -90,8 +95,6 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    # a vendor extension that can not load its driver would otherwise stop `import torch` itself
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         from tools import doctor
     except ModuleNotFoundError as error:
@@ -133,6 +136,16 @@ def _run(args: argparse.Namespace) -> int:
     return generate.run(args)
 
 
+def _explained(error: RuntimeError) -> str | None:
+    """What to tell about an error that is no defect: no implementation, or what a backend recognises as its vendor's; else None."""
+    # named, because importing the class here would import torch for `v4 --help`
+    if type(error).__name__ == "NoImplementation":
+        return str(error)
+    backends = [module for name, module in sys.modules.items() if name.startswith("backends.")]
+    told = (explain(error) for module in backends if (explain := vars(module).get("explain_failure")))
+    return next((text for text in told if text is not None), None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. Wrong input prints one message; an unexpected exception keeps its traceback."""
     args = parser().parse_args(argv)
@@ -149,10 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         message = str(error)
     except RuntimeError as error:
-        # named, because importing the class here would import torch for `v4 --help`
-        if type(error).__name__ != "NoImplementation":
+        if (explained := _explained(error)) is None:
             raise
-        message = str(error)
+        message = explained
     print(f"v4 {args.verb}: {message}", file=sys.stderr)
     return COULD_NOT_RUN
 

@@ -125,7 +125,7 @@ def decode_ledger(config: Config, context: int) -> Ledger:
 
     packed = config.weight_block_size is not None
     experts = config.expert_dtype if config.expert_dtype in ("fp4", "fp8") else "dense"
-    settings = Settings(config, recorder(record), torch.bfloat16, packed=packed, experts=experts, format=DEPLOYED)
+    settings = Settings(config, recorder(record), torch.bfloat16, linears="fp8" if packed else "dense", experts=experts, format=DEPLOYED)
     model = Model(settings, mtp=False)
     fp8.update(stored_fp8(model, config))
     head.append(id(model.head.weight))

@@ -103,8 +103,6 @@ def text(found: dict[str, Any]) -> str:
     ]
     if m["v4_ops"]:
         lines.append(f"V4_OPS    {m['v4_ops']}")
-    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
-        lines.append("note      torch's automatic loading of vendor extensions is off for this report")
     lines.append("")
     for state in found["backends"]:
         lines.append(f"backend {state['name']:<16s} {'available' if state['available'] else 'not available: ' + state['reason']}")

@@ -147,6 +147,7 @@ def load(request: Request, watch: Scope | None = None) -> v4.LoadedModel:
         numerics=s.numerics,
         ops=dict(s.ops) or None,
         strict=s.strict,
+        checked=s.checked,
         batch_invariant=s.batch_invariant,
         max_context=s.context,
         mtp=s.speculative,

@@ -18,7 +18,8 @@ def add(p: Any) -> None:
     p.add_argument("--model", metavar="DIR", help="checkpoint directory")
     p.add_argument("--backend", help="default: cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="activation type; default: bfloat16")
-    p.add_argument("--numerics", choices=("exact", "reference"), help="reference: with the official FP8/FP4 round trips")
+    p.add_argument("--numerics", choices=("exact", "reference", "stored"),
+                   help="reference: with the official FP8/FP4 round trips; stored: products as the weights are stored")  # fmt: skip
     p.add_argument("--max-new-tokens", type=int, metavar="N")
     p.add_argument("--temperature", type=float, help="0 (default): greedy")
     p.add_argument("--top-p", type=float)
@@ -27,6 +28,7 @@ def add(p: Any) -> None:
     p.add_argument("--context", type=int, metavar="N", help="most tokens of prompt and answer together")
     p.add_argument("--ops", metavar="OP=BACKEND,...", help="backend of single ops")
     p.add_argument("--batch-invariant", action="store_true", default=None, help="results do not depend on what else runs")
+    p.add_argument("--checked", action="store_true", default=None, help="hold every op call to its contract and to the vendor's limits; slow")
     p.add_argument("--strict", action="store_true", default=None, help="no fallback to plain torch")
     p.add_argument("--speculative", action="store_true", default=None, help="draft with the MTP block; same tokens")
     p.add_argument(

@@ -54,6 +54,7 @@ class RunConfig:
     seed: int = 0
     context: int | None = None
     strict: bool = False
+    checked: bool = False
     batch_invariant: bool = False
     speculative: bool = False
     ops: Mapping[str, str] = field(default_factory=dict)
@@ -63,8 +64,8 @@ class RunConfig:
             _check_type(f.name, str(f.type), getattr(self, f.name))
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
-        if self.numerics not in ("exact", "reference"):
-            raise ValueError(f"numerics: found {self.numerics!r}, expected 'exact' or 'reference'")
+        if self.numerics not in ("exact", "reference", "stored"):
+            raise ValueError(f"numerics: found {self.numerics!r}, expected 'exact', 'reference' or 'stored'")
 
     def override(self, values: Mapping[str, Any]) -> RunConfig:
         """A copy with the values that are not None; `ops` are merged, the others replaced."""

@@ -25,10 +25,12 @@ _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def cell(contract: Contract, backend: str) -> str:
     """What a backend offers for an op: types and SoCs it is limited to, "any" without limits, "composed", or a dash."""
     impl = contract.impls.get(backend)
+    if any(i.name for i in contract.candidates(backend)):
+        return "vendor ops, then " + ("plain torch" if impl else f"composed of {', '.join(contract.parts)}")
     if impl is None:
         return f"composed of {', '.join(contract.parts)}" if contract.parts else "-"
-    if impl.note == "plain torch":
-        return impl.note
+    if impl.note.partition(":")[0] == "plain torch":
+        return "plain torch"
     types = ", ".join(sorted(_SHORT.get(d, str(d)) for d in impl.dtypes)) or "any type"
     chips = ", ".join(sorted(impl.soc)) or "any chip"
     return (

@@ -27,22 +27,28 @@ from v4.sampling import Sampler
 from v4.settings import Scope, Settings
 from v4.tokenizer import Tokenizer
 
-NUMERICS = ("exact", "reference")
+NUMERICS = ("exact", "reference", "stored")
 
 
 def plan_settings(
     config: Config, checkpoint: Checkpoint, ops: SimpleNamespace, dtype: torch.dtype, numerics: str, fmt: Format
 ) -> Settings:
-    """How the graph is built for a checkpoint as stored: packed weights are kept only under numerics="reference"."""
+    """How the graph is built for a checkpoint as stored: weights are dequantised only under numerics="exact"."""
     if numerics not in NUMERICS:
         raise ValueError(
-            f"numerics={numerics!r}: expected 'exact' (no quantisation simulated) or 'reference' (the official round trips)"
+            f"numerics={numerics!r}: expected 'exact' (nothing quantised), 'reference' (the official round trips) or 'stored' (products as "
+            "the weights are stored, nothing else rounded)"
         )
-    reference = numerics == "reference"
-    packed = reference and checkpoint.dtype_of("layers.0.attn.wq_a.weight") == "F8_E4M3"
-    stored = checkpoint.dtype_of("layers.0.ffn.experts.0.w1.weight")
-    experts = {"I8": "fp4", "F8_E4M3": "fp8"}.get(stored, "dense") if reference else "dense"
-    return Settings(config, ops, dtype, packed=packed, simulate=reference, experts=experts, format=fmt)
+    int8 = config.expert_dtype == "int8"
+    if int8 and numerics == "reference":
+        raise ValueError("numerics='reference' needs the hub's FP8 and FP4 weights; this checkpoint is INT8: use numerics='stored' or 'exact'")
+    if numerics == "exact":
+        return Settings(config, ops, dtype, format=fmt)
+    packed = checkpoint.dtype_of("layers.0.attn.wq_a.weight")
+    linears = "int8" if int8 else "fp8" if packed == "F8_E4M3" else "dense"
+    experts = checkpoint.dtype_of("layers.0.ffn.experts.0.w1.weight")
+    kind = "int8" if int8 else {"I8": "fp4", "F8_E4M3": "fp8"}.get(experts, "dense")
+    return Settings(config, ops, dtype, linears=linears, simulate=numerics == "reference", experts=kind, format=fmt)
 
 
 def parameter_bytes(model: Model) -> int:
@@ -169,7 +175,8 @@ def load(
     """Load a checkpoint directory (hub format, or the same names stored plainly) for one backend.
 
     dtype: activation type. numerics: "exact" computes without quantisation simulation, "reference" with the official
-    code's FP8/FP4 round trips. ops: op -> backend overrides. strict: no fallback to plain torch. batch_invariant: results of
+    code's FP8/FP4 round trips, "stored" with weights and activations of the products as the checkpoint stores them and nothing else
+    rounded. ops: op -> backend overrides. strict: no fallback to plain torch. batch_invariant: results of
     a token do not depend on what else is in flight, bitwise. checked: validate every op call. scope: (place, ops) -> the ops used
     by that part of the model ("layers.3", "mtp.0", "head"), for recorders and planted faults. Raises CheckpointError for damaged
     files, NoImplementation with reasons, ValueError for a model that does not fit the memory or a wrong argument.
@@ -186,6 +193,8 @@ def load(
     model = Model(settings, mtp=mtp and checkpoint.has_mtp)
     _refuse_too_large(parameter_bytes(model), module.memory_available(), "the weights")
     report = load_parameters(model, checkpoint, dtype=dtype, device=module.DEVICE, progress=progress, include_mtp=mtp)
+    if hasattr(module, "prepare"):
+        module.prepare(model)
     tokenizer = Tokenizer(checkpoint.path) if (checkpoint.path / "tokenizer.json").is_file() else None
     texts = PromptTexts.from_checkpoint(checkpoint.path)
     return LoadedModel(config, Runner(model), binding, backend, report, limit, tokenizer, texts)

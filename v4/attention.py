@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.scale = self.width**-0.5
 
         def linear(n_out: int, n_in: int) -> Linear:
-            return Linear(s.ops, n_out, n_in, dtype=s.dtype, packed=s.packed)
+            return Linear(s.ops, n_out, n_in, dtype=s.dtype, kind=s.linears)
 
         self.wq_a = linear(c.q_lora_rank, c.hidden_size)
         self.q_norm = Norm(s, c.q_lora_rank)

@@ -152,7 +152,7 @@ class Checkpoint:
     def _allowed(self, spec: TensorSpec, found: StoredTensor) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Types and shape under which the tensor may be stored here."""
         if spec.dtype in _QUANTISED and spec.name[: -len("weight")] + "scale" not in self.tensors and found.dtype in PLAIN:
-            shape = (spec.shape[0], spec.shape[1] * 2) if spec.dtype == "I8" else spec.shape
+            shape = (spec.shape[0], spec.shape[1] * spec.codes) if spec.dtype == "I8" else spec.shape
             return (PLAIN if self.storage == "hub" else self._plain()), shape
         if self.storage == "hub" or spec.dtype in (*_QUANTISED, "F8_E8M0"):
             return (spec.dtype,), spec.shape

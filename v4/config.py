@@ -49,6 +49,7 @@ _IGNORED = {"architectures", "attention_dropout", "use_cache", "initializer_rang
 _IGNORED |= {"dtype", "scale_fmt", "scale_dtype", "auto_map", "_name_or_path", "max_batch_size", "n_dense_layers"}
 _IGNORED |= {"dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank"}
 _QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
+_INT8 = {"quant_method": "int8", "weights": "channel", "activations": "token", "activation_scheme": "dynamic"}
 _REWRITTEN = {"layer_types", "mlp_layer_types", "rope_parameters", "partial_rotary_factor"}
 _NOT_NEGATIVE = {"bos_token_id", "eos_token_id", "num_hash_layers", "num_nextn_predict_layers"}
 
@@ -171,6 +172,8 @@ class Config:
         d["rope_scaling"] = {"type": "yarn", **scaling} if scaling else None
         head = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", **_FIXED}
         del head["mlp_bias"]
+        if self.expert_dtype == "int8":
+            d["quantization_config"] = dict(_INT8)
         if block:
             d["quantization_config"] = {**_QUANTIZATION, "weight_block_size": list(block)}
         return {**head, **d}
@@ -213,7 +216,7 @@ def _hub_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def _read_quantization(v: dict[str, Any], found: Mapping[str, Any] | None) -> None:
     stated = v.get("expert_dtype")
     if found is None:
-        if stated in ("fp4", "fp8"):
+        if stated in ("fp4", "fp8", "int8"):
             raise ConfigError(f"expert_dtype is {stated!r} without quantization_config; plain experts are bf16 or fp32")
         v.setdefault("weight_block_size", None)
         v.setdefault("expert_dtype", "bf16")
@@ -222,6 +225,14 @@ def _read_quantization(v: dict[str, Any], found: Mapping[str, Any] | None) -> No
     inner = found.get("expert_dtype")
     if stated is not None and inner is not None and stated != inner:
         raise ConfigError(f"expert_dtype is {stated!r} and quantization_config.expert_dtype is {inner!r}; they must agree")
+    if found.get("quant_method") == "int8":
+        if (kind := stated or inner) != "int8":
+            raise ConfigError(f"quantization_config.quant_method is 'int8' and expert_dtype {kind!r}; expected 'int8' for both")
+        for key, value in _INT8.items():
+            if found.get(key, value) != value:
+                raise ConfigError(f"quantization_config.{key} is {found[key]!r}, expected {value!r}")
+        v.update(expert_dtype="int8", weight_block_size=None)
+        return
     v["expert_dtype"] = stated or inner or "fp4"
     for key, value in _QUANTIZATION.items():
         if found.get(key, value) != value:
@@ -294,5 +305,7 @@ def _check(c: Config) -> None:
         raise ConfigError(f"index_head_dim is {c.index_head_dim}, expected a power of two (index keys are Hadamard-rotated)")
     if max(c.bos_token_id, c.eos_token_id) >= c.vocab_size:
         raise ConfigError(f"bos_token_id {c.bos_token_id}, eos_token_id {c.eos_token_id}: expected < vocab_size {c.vocab_size}")
-    if c.expert_dtype not in ("fp4", "fp8", "bf16", "fp32"):
-        raise ConfigError(f"expert_dtype is {c.expert_dtype!r}, expected 'fp4', 'fp8', 'bf16' or 'fp32'")
+    if c.expert_dtype not in ("fp4", "fp8", "int8", "bf16", "fp32"):
+        raise ConfigError(f"expert_dtype is {c.expert_dtype!r}, expected 'fp4', 'fp8', 'int8', 'bf16' or 'fp32'")
+    if c.expert_dtype == "int8" and c.weight_block_size:
+        raise ConfigError("expert_dtype is 'int8' beside FP8 blocks: INT8 checkpoints keep every linear layer in INT8 channels")

@@ -23,7 +23,7 @@ class Indexer(nn.Module):
         self.ops, self.simulate, self.format = s.ops, s.simulate, s.format.index
         self.heads, self.dim, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
         self.weight_scale = self.dim**-0.5 * self.heads**-0.5
-        self.wq_b = Linear(s.ops, self.heads * self.dim, c.q_lora_rank, dtype=s.dtype, packed=s.packed)
+        self.wq_b = Linear(s.ops, self.heads * self.dim, c.q_lora_rank, dtype=s.dtype, kind=s.linears)
         self.weights_proj = Linear(s.ops, self.heads, c.hidden_size, dtype=s.dtype)
         self.compressor = Compressor(s, 4, self.dim)
 

@@ -1,4 +1,4 @@
-"""A linear layer over a weight as stored: dense, or FP8 blocks kept packed with quantised activations.
+"""A linear layer over a weight as stored: dense, or FP8 blocks or INT8 channels with quantised activations.
 
 T tokens, N outputs, K inputs.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Quantised(NamedTuple):
-    """FP8 activations [T, K] with their E8M0 scales [T, K/128] and the type results return to."""
+    """Codes [T, K] of activations with their scales (E8M0 [T, K/128] of FP8, fp32 [T] of INT8) and the type results return to."""
 
     values: Tensor
     scales: Tensor
@@ -33,28 +33,32 @@ def blocks(n: int, size: int = 128) -> int:
 class Linear(nn.Module):
     """y = x @ weight.T without bias.
 
-    packed False: weight [N, K] in `dtype`. packed True: weight float8_e4m3fn [N, K] with scale float8_e8m0fnu
-    [N/128, K/128]; activations are quantised per token and 128 channels first. Source: specification section 2.2.
+    kind "dense": weight [N, K] in `dtype`. "fp8": weight float8_e4m3fn [N, K] with scale float8_e8m0fnu [N/128, K/128]; activations are
+    quantised per token and 128 channels first (specification section 2.2). "int8": weight int8 [N, K] with scale fp32 [N];
+    activations are quantised per token.
     """
 
-    def __init__(self, ops: SimpleNamespace, n_out: int, n_in: int, *, dtype: torch.dtype, packed: bool = False) -> None:
+    def __init__(self, ops: SimpleNamespace, n_out: int, n_in: int, *, dtype: torch.dtype, kind: str = "dense") -> None:
         super().__init__()
-        self.ops, self.packed = ops, packed
-        self.weight = parameter((n_out, n_in), torch.float8_e4m3fn if packed else dtype)
-        if packed:
+        self.ops, self.kind = ops, kind
+        self.weight = parameter((n_out, n_in), {"fp8": torch.float8_e4m3fn, "int8": torch.int8}.get(kind, dtype))
+        if kind == "fp8":
             self.scale = parameter((blocks(n_out), blocks(n_in)), torch.float8_e8m0fnu)
+        elif kind == "int8":
+            self.scale = parameter((n_out,), torch.float32)
 
     def prepare(self, x_TK: Tensor) -> Tensor | Quantised:
-        """Quantise activations once for several packed layers; dense layers take them as they are."""
-        if not self.packed:
+        """Quantise activations once for several layers of one kind; dense layers take them as they are."""
+        if self.kind == "dense":
             return x_TK
-        values, scales = self.ops.quant_fp8(x_TK)
+        values, scales = self.ops.quant_fp8(x_TK) if self.kind == "fp8" else self.ops.quant_int8(x_TK)
         return Quantised(values, scales, x_TK.dtype)
 
     def forward(self, x_TK: Tensor | Quantised) -> Tensor:
         """[T, K] -> [T, N] in the activation type; accepts the result of `prepare`."""
-        if not self.packed:
+        if self.kind == "dense":
             return self.ops.linear(x_TK, self.weight)
         x = x_TK if isinstance(x_TK, Quantised) else self.prepare(x_TK)
         assert isinstance(x, Quantised)
-        return self.ops.linear_fp8(x.values, self.weight, self.scale, x_scale=x.scales, out_dtype=x.dtype)
+        run = self.ops.linear_fp8 if self.kind == "fp8" else self.ops.linear_int8
+        return run(x.values, self.weight, self.scale, x_scale=x.scales, out_dtype=x.dtype)

@@ -25,7 +25,7 @@ from v4.checkpoint import Checkpoint
 from v4.errors import CheckpointError
 from v4.manifest import verify_files
 from v4.memory import Memory
-from v4.packing import scale_problem, unpack_fp4, unpack_fp8
+from v4.packing import channel_scale_problem, scale_problem, unpack_fp4, unpack_fp8, unpack_int8
 from v4.placement import Piece, place
 from v4.shards import StoredTensor
 from v4.workers import COUNT, in_order, workers
@@ -75,9 +75,11 @@ def _read_into(path: Path, offset: int, target: memoryview) -> None:
 
 
 def check_values(stored: StoredTensor, tensor: Tensor, experts: int) -> CheckpointError | None:
-    """Cheap checks made at every load: E8M0 scales, and tables of expert numbers in [0, experts)."""
+    """Cheap checks made at every load: scales, and tables of expert numbers in [0, experts)."""
     if stored.dtype == "F8_E8M0":
         return scale_problem(tensor, file=stored.file, tensor=stored.name)
+    if stored.name.endswith(".scale"):
+        return channel_scale_problem(tensor, file=stored.file, tensor=stored.name)
     if stored.name.endswith(".tid2eid") and tensor.numel():
         low, high = int(tensor.min()), int(tensor.max())
         if low < 0 or high >= experts:
@@ -121,13 +123,13 @@ class _Filler:
             return
         scale = self.checkpoint.get(piece.scale.name)
         self.check(piece.scale, scale)
-        (unpack_fp4 if piece.how == "fp4" else unpack_fp8)(source, scale, target)
+        {"fp4": unpack_fp4, "fp8": unpack_fp8, "int8": unpack_int8}[piece.how](source, scale, target)
 
     def tasks(self, pieces: list[Piece]) -> Iterator[Task]:
         """What the threads do, in file order. Numbers without a rule of their own are read in parts."""
         for piece in pieces:
             target, size = self.target(piece), piece.source.bytes
-            split = piece.how == "read" and piece.source.dtype not in ("F8_E8M0", "I64")
+            split = piece.how == "read" and piece.source.dtype not in ("F8_E8M0", "I64") and not piece.source.name.endswith(".scale")
             for begin in range(0, size, PART) if split and size else (0,):
                 yield Task(piece, target, begin, min(begin + PART, size) if split else size)
 

@@ -139,6 +139,8 @@ def make(
     (all representable in bf16); default: values drawn in the plain type. shard_bytes: as in `save`. tokenizer: a tokenizer.json
     to copy in. extra_files: relative name -> content. Raises ValueError for unknown storage or values_from, and as `save` does.
     """
+    if config.expert_dtype == "int8":
+        raise ValueError("INT8 checkpoints are made from others: v4 checkpoint convert")
     plain = {"hub": config, "f32": _plain(config, "fp32", "float32"), "bf16": _plain(config, "bf16", "bfloat16")}
     size = sum(s.bytes for s in checkpoint_tensors(config, storage))
     files = dict(extra_files or {})

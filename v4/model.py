@@ -56,8 +56,8 @@ class MTPBlock(Block):
         super().__init__(s, ratio, hashed=False)
         d = s.config.hidden_size
         self.enorm, self.hnorm, self.norm = Norm(s, d), Norm(s, d), Norm(s, d)
-        self.e_proj = Linear(s.ops, d, d, dtype=s.dtype, packed=s.packed)
-        self.h_proj = Linear(s.ops, d, d, dtype=s.dtype, packed=s.packed)
+        self.e_proj = Linear(s.ops, d, d, dtype=s.dtype, kind=s.linears)
+        self.h_proj = Linear(s.ops, d, d, dtype=s.dtype, kind=s.linears)
         self.hc_head = HyperConnection(self, "hc_head", s.ops, s.config, head=True)
 
     def draft(self, embedded_TD: Tensor, streams_TnD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:

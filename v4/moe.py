@@ -47,6 +47,10 @@ class Experts(nn.Module):
             self.w13, self.w2 = parameter((n, 2 * i, d // 2), torch.uint8), parameter((n, d, i // 2), torch.uint8)
             self.s13 = parameter((n, 2 * i, d // 32), torch.float8_e8m0fnu)
             self.s2 = parameter((n, d, i // 32), torch.float8_e8m0fnu)
+        elif self.kind == "int8":
+            self.w13, self.w2 = parameter((n, 2 * i, d), torch.int8), parameter((n, d, i), torch.int8)
+            wide = torch.bfloat16 if s.dtype == torch.bfloat16 else torch.float32
+            self.s13, self.s2 = parameter((n, 2 * i), wide), parameter((n, d), wide)
         else:
             self.w13, self.w2 = parameter((n, 2 * i, d), torch.float8_e4m3fn), parameter((n, d, i), torch.float8_e4m3fn)
             self.s13 = parameter((n, 2 * blocks(i), blocks(d)), torch.float8_e8m0fnu)
@@ -58,7 +62,7 @@ class Experts(nn.Module):
         if self.kind == "dense":
             return ops.moe_mlp(x_TD, ids_TK, weights_TK, self.w13, self.w2, limit=self.limit)
         rows, row_weight, counts, index = ops.moe_dispatch(x_TD, ids_TK, weights_TK, num_experts=self.w13.shape[0])
-        run = ops.grouped_experts_fp4 if self.kind == "fp4" else ops.grouped_experts_fp8
+        run = {"fp4": ops.grouped_experts_fp4, "fp8": ops.grouped_experts_fp8, "int8": ops.grouped_experts_int8}[self.kind]
         rows = run(rows, row_weight, counts, self.w13, self.s13, self.w2, self.s2, limit=self.limit)
         return ops.moe_combine(rows, index, tokens=x_TD.shape[0], topk=self.topk)
 
@@ -71,8 +75,8 @@ class SharedExpert(nn.Module):
         c = s.config
         i = c.moe_intermediate_size * c.n_shared_experts
         self.ops, self.limit = s.ops, c.swiglu_limit
-        self.w13 = Linear(s.ops, 2 * i, c.hidden_size, dtype=s.dtype, packed=s.packed)
-        self.w2 = Linear(s.ops, c.hidden_size, i, dtype=s.dtype, packed=s.packed)
+        self.w13 = Linear(s.ops, 2 * i, c.hidden_size, dtype=s.dtype, kind=s.linears)
+        self.w2 = Linear(s.ops, c.hidden_size, i, dtype=s.dtype, kind=s.linears)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""

@@ -55,6 +55,23 @@ def quantise_fp4(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     return packed, scale.view(torch.float8_e8m0fnu)
 
 
+def quantise_int8(w_NK: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Float weight [N, K] -> int8 [N, K] and scales [N] in `scale_dtype`: amax / 127 of each row, rounded to that type before it divides.
+
+    Codes to nearest even, at most +-127. A row of zeros has scale 0.
+    """
+    n, k = w_NK.shape
+    codes, scale = torch.empty((n, k), dtype=torch.int8), torch.empty(n, dtype=scale_dtype)
+    rows = max(1, _CHUNK // max(k, 1))
+    for start in range(0, n, rows):
+        part = w_NK[start : start + rows].float()
+        scale[start : start + rows] = part.abs().amax(-1) / 127
+        wide = scale[start : start + rows].float()
+        safe = torch.where(wide > 0, wide, torch.ones_like(wide))
+        codes[start : start + rows] = (part / safe[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return codes, scale
+
+
 @functools.cache
 def _fp8_table(dtype: torch.dtype) -> Tensor:
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16).view(torch.float8_e4m3fn)
@@ -113,6 +130,27 @@ def unpack_fp4(packed: Tensor, scale: Tensor, out_NK: Tensor) -> None:
         target.view(stop - start, k // GROUP, GROUP).mul_(factors[start:stop, :, None])
         if work is not out_NK.dtype:
             out_NK[start:stop].copy_(target)
+
+
+def unpack_int8(codes: Tensor, scale: Tensor, out_NK: Tensor) -> None:
+    """int8 [N, K] and scales [N] -> contiguous `out_NK` in its own float type, one rounding."""
+    n, k = out_NK.shape
+    rows = max(1, _CHUNK // max(k, 1))
+    for start in range(0, n, rows):
+        part = codes[start : start + rows].float().mul_(scale[start : start + rows].float()[:, None])
+        out_NK[start : start + rows].copy_(part)
+
+
+def channel_scale_problem(scale: Tensor, *, file: str, tensor: str) -> CheckpointError | None:
+    """What is wrong with the scales [N] of an INT8 weight: a number that is not finite, or below 0."""
+    wide = scale.float()
+    wrong = ~torch.isfinite(wide) | (wide < 0)
+    if not bool(wrong.any()):
+        return None
+    first = int(wrong.nonzero()[0])
+    found = f"{float(wide[first])} at [{first}], {int(wrong.sum())} such in all"
+    hint = "The file is damaged: convert the checkpoint again"
+    return CheckpointError("absurd scale", file=file, tensor=tensor, found=found, expected="finite numbers from 0", hint=hint)
 
 
 def scale_problem(scale: Tensor, *, file: str, tensor: str) -> CheckpointError | None:

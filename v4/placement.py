@@ -63,13 +63,15 @@ def _sources(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int | Non
         yield (f"{name}.weight" if name.endswith(".attn.wo_a") else name), None, None
 
 
-def _way(stored: StoredTensor, parameter: str, wanted: torch.dtype) -> str:
-    """How a stored tensor becomes a parameter of type `wanted`: read, cast, fp8 or fp4."""
+def _way(stored: StoredTensor, scale: StoredTensor | None, parameter: str, wanted: torch.dtype) -> str:
+    """How a stored tensor becomes a parameter of type `wanted`: read, cast, fp8, fp4 or int8 (codes with a scale per row)."""
     found = TORCH_TYPES[stored.dtype]
     if found is wanted or (found is torch.int8 and wanted is torch.uint8):
         return "read"
     if stored.dtype in ("I8", "F8_E4M3") and wanted.is_floating_point and wanted.itemsize > 1:
-        return "fp4" if stored.dtype == "I8" else "fp8"
+        if stored.dtype == "F8_E4M3":
+            return "fp8"
+        return "fp4" if scale is None or scale.dtype == "F8_E8M0" else "int8"
     number = found.is_floating_point and found.itemsize > 1 and wanted.is_floating_point and wanted.itemsize > 1
     if number or (stored.dtype in ("I32", "I64") and wanted in (torch.int32, torch.int64)):
         return "cast"
@@ -89,7 +91,7 @@ def _check_stackable(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -
     for name in parameters:
         if (m := _SHARED.fullmatch(name)) and m[2] == "scale":
             stored = checkpoint.tensors.get(f"{m[1]}.w1.weight")
-            if stored is not None and stored.shape[0] % BLOCK:
+            if stored is not None and parameters[name].dim() == 2 and stored.shape[0] % BLOCK:
                 raise ValueError(
                     f"{name}: found an expert width of {stored.shape[0]}, expected a multiple of {BLOCK} to keep w1 and w3 packed in one "
                     "matrix; load with dense weights (numerics='exact')"
@@ -112,8 +114,9 @@ def place(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, ignored: Col
             stored = None if source in ignored else checkpoint.tensors.get(source)
             if stored is None:
                 continue
-            how = _way(stored, name, parameter.dtype)
-            scale = checkpoint.tensors[source[: -len("weight")] + "scale"] if how in ("fp4", "fp8") else None
+            beside = checkpoint.tensors.get(source[: -len("weight")] + "scale") if source.endswith(".weight") else None
+            how = _way(stored, beside, name, parameter.dtype)
+            scale = beside if how in ("fp4", "fp8", "int8") else None
             piece = Piece(name, stored, how, expert, rows, scale)
             found = (*stored.shape[:-1], stored.shape[-1] * (2 if how == "fp4" else 1))
             if (shape := tuple(piece.target(parameter).shape)) != found:

@@ -24,11 +24,12 @@ GROUP = 32
 
 
 class TensorSpec(NamedTuple):
-    """One stored tensor: hub name, safetensors type name, shape as stored (packed FP4: half the columns)."""
+    """One stored tensor: hub name, safetensors type name, shape as stored (packed FP4: half the columns), weights per I8 element."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    codes: int = 2
 
     @property
     def numel(self) -> int:
@@ -43,9 +44,9 @@ class TensorSpec(NamedTuple):
     @property
     def weights(self) -> int:
         """Values it stands for: two per packed FP4 byte; scales and token-to-expert tables stand for none."""
-        if self.dtype in ("F8_E8M0", "I64"):
+        if self.dtype in ("F8_E8M0", "I64") or (self.codes == 1 and self.name.endswith(".scale")):
             return 0
-        return self.numel * (2 if self.dtype == "I8" else 1)
+        return self.numel * (self.codes if self.dtype == "I8" else 1)
 
     @property
     def parameters(self) -> int:
@@ -71,6 +72,10 @@ class _Table:
         hub = storage == "hub"
         self.linear = "fp8" if hub and config.weight_block_size else "plain"
         self.experts = config.expert_dtype if hub else "plain"
+        if self.experts == "int8":
+            self.linear, self.experts = "int8", "int8-bf16"
+        # the grouped product has no INT8 form
+        self.grouped = "plain" if self.linear == "int8" else self.linear
 
     def weight(self, name: str, rows: int, columns: int, kind: str) -> Iterator[TensorSpec]:
         """A matrix [rows, columns] as `kind` ("fp8", "fp4", "bf16", "fp32", "plain"), with its scale when it has one."""
@@ -84,6 +89,9 @@ class _Table:
                 )
             yield TensorSpec(f"{name}.weight", "I8", (rows, columns // 2))
             yield TensorSpec(f"{name}.scale", "F8_E8M0", (rows, columns // GROUP))
+        elif kind.startswith("int8"):
+            yield TensorSpec(f"{name}.weight", "I8", (rows, columns), 1)
+            yield TensorSpec(f"{name}.scale", "BF16" if kind == "int8-bf16" else "F32", (rows,), 1)
         else:
             yield TensorSpec(f"{name}.weight", {"bf16": "BF16", "fp32": "F32"}.get(kind, self.plain), (rows, columns))
 
@@ -113,7 +121,7 @@ class _Table:
         yield from self.weight(f"{p}.wq_b", width, c.q_lora_rank, kind)
         yield from self.weight(f"{p}.wkv", c.head_dim, c.hidden_size, kind)
         yield self.vector(f"{p}.kv_norm", c.head_dim)
-        yield from self.weight(f"{p}.wo_a", c.o_groups * c.o_lora_rank, width // c.o_groups, kind)
+        yield from self.weight(f"{p}.wo_a", c.o_groups * c.o_lora_rank, width // c.o_groups, self.grouped)
         yield from self.weight(f"{p}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank, kind)
         if ratio:
             yield from self.compressor(f"{p}.compressor", ratio, c.head_dim)
@@ -169,7 +177,8 @@ class _Table:
 def checkpoint_tensors(config: Config, storage: str = "hub") -> list[TensorSpec]:
     """Every tensor of a checkpoint, in file order: embedding, layers, final norm and head, MTP blocks.
 
-    storage: "hub" (FP8 with 128x128 E8M0 scales, experts as `config.expert_dtype`), "f32" or "bf16" (same names without scales,
+    storage: "hub" (FP8 with 128x128 E8M0 scales, experts as `config.expert_dtype`; with expert_dtype "int8" every linear layer but wo_a in
+    INT8 channels, scales F32, those of experts BF16), "f32" or "bf16" (same names without scales,
     everything plain; tables stay I64 and the tensors that are always fp32 stay F32). ValueError for another storage, or for
     FP4 experts whose width is no multiple of 32.
     """

@@ -15,14 +15,16 @@ from torch import Tensor
 from backends.cpu import quant
 from backends.cpu.linear import matmul_nt
 from ops.experts import grouped_experts
+from ops.experts_int8 import grouped_experts_int8
 from ops.experts_math import ACTIVATION_GROUP, segments
 from ops.experts_quant import grouped_experts_fp4, grouped_experts_fp8
-from ops.quant import dequant_fp8, dequant_fp8_block, dequant_mxfp4, quant_fp8
+from ops.quant import dequant_fp8, dequant_fp8_block, dequant_int8, dequant_mxfp4, quant_fp8, quant_int8
 from ops.swiglu import clamped_swiglu
 
 __all__ = ["dense_expert", "own_fp32", "quant", "swiglu_"]
 
 _quant_fp8, _dequant_fp8 = quant_fp8.impls["cpu"].fn, dequant_fp8.impls["cpu"].fn
+_quant_int8, _dequant_int8 = quant_int8.impls["cpu"].fn, dequant_int8.impls["cpu"].fn
 _dequant_fp8_block, _dequant_mxfp4 = dequant_fp8_block.impls["cpu"].fn, dequant_mxfp4.impls["cpu"].fn
 
 
@@ -71,14 +73,14 @@ def _packed_experts(
     w13: Callable[[int], Tensor],
     w2: Callable[[int], Tensor],
     limit: float,
-    quantize: bool,
+    trip: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    x_AD = _roundtrip(rows_AD) if quantize else rows_AD.float()
+    x_AD = trip(rows_AD) if trip else rows_AD.float()
     y_AD = torch.empty_like(rows_AD)
     for e, i, j in segments(counts_E):
         gate_up = matmul_nt(x_AD[i:j], w13(e)).to(rows_AD.dtype)  # the published code rounds both products to bf16
         h = swiglu_(own_fp32(gate_up, copy=False), limit, row_weight_A[i:j]).to(rows_AD.dtype)
-        y_AD[i:j] = matmul_nt(_roundtrip(h) if quantize else h.float(), w2(e))
+        y_AD[i:j] = matmul_nt(trip(h) if trip else h.float(), w2(e))
     return y_AD
 
 
@@ -101,7 +103,7 @@ def _grouped_experts_fp4(
     def second(e: int) -> Tensor:
         return _dequant_mxfp4(w2[e], s2[e], dtype=torch.float32)
 
-    return _packed_experts(rows_AD, row_weight_A, counts_E, first, second, limit, quantize)
+    return _packed_experts(rows_AD, row_weight_A, counts_E, first, second, limit, _roundtrip if quantize else None)
 
 
 @grouped_experts_fp8.implement("cpu")
@@ -124,4 +126,30 @@ def _grouped_experts_fp8(
     def second(e: int) -> Tensor:
         return _dequant_fp8_block(w2[e], s2[e], dtype=torch.float32)
 
-    return _packed_experts(rows_AD, row_weight_A, counts_E, first, second, limit, quantize)
+    return _packed_experts(rows_AD, row_weight_A, counts_E, first, second, limit, _roundtrip if quantize else None)
+
+
+def _roundtrip_rows(x_AK: Tensor) -> Tensor:
+    return _dequant_int8(*_quant_int8(x_AK), dtype=torch.float32)
+
+
+@grouped_experts_int8.implement("cpu")
+def _grouped_experts_int8(
+    rows_AD: Tensor,
+    row_weight_A: Tensor,
+    counts_E: Tensor,
+    w13: Tensor,
+    s13: Tensor,
+    w2: Tensor,
+    s2: Tensor,
+    *,
+    limit: float,
+    quantize: bool = True,
+) -> Tensor:
+    def first(e: int) -> Tensor:
+        return w13[e].float().mul_(s13[e][:, None])
+
+    def second(e: int) -> Tensor:
+        return w2[e].float().mul_(s2[e][:, None])
+
+    return _packed_experts(rows_AD, row_weight_A, counts_E, first, second, limit, _roundtrip_rows if quantize else None)

@@ -47,6 +47,7 @@ EXPERTS: dict[str, tuple[str, ...]] = {
     "grouped_experts": ("w13", "w2"),
     "grouped_experts_fp4": ("w13", "s13", "w2", "s2"),
     "grouped_experts_fp8": ("w13", "s13", "w2", "s2"),
+    "grouped_experts_int8": ("w13", "s13", "w2", "s2"),
 }
 # copies, and results of which the contract defines every bit
 DELEGATED = (

@@ -13,6 +13,7 @@ FAMILIES = (
     "cache_packed",
     "compress",
     "experts",
+    "experts_int8",
     "gate",
     "generic",
     "hyper",

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ops.contract import CONTRACTS, Contract, Sample
+from ops.contract import CONTRACTS, Contract, Impl, Sample
 from ops.judge import Verdict, golden_of, judge
 from ops.mutants import Plant
 from ops.probe import Probe
-from ops.registry import load_backend, on_device
+from ops.registry import chained, load_backend, on_device, usable
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES = {short: dtype for dtype, short in SHORT.items()}
@@ -88,21 +88,31 @@ def candidate(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype
     """What `backend` runs for the op, or the reason why it has nothing."""
     module = load_backend(backend)
     device = torch.device(module.DEVICE)
-    impl = contract.impls.get(backend)
-    if impl is not None and (reason := impl.refusal(probe, dtype)) is not None:
-        return reason
-    if impl is not None:
-        fn = impl.fn if device.type == "cpu" else on_device(impl.fn, contract, device)
-        return Candidate(fn, impl.when, device)
-    if contract.compose is None:
-        return "not written"
+    own, refused = usable(contract, backend, probe, dtype)
+    why = "not written"
+    if contract.compose is not None and (not own or own[-1].when is not None):
+        composed = _composed(contract, backend, probe, dtype)
+        if isinstance(composed, str):
+            why = composed
+        else:
+            own.append(Impl(backend, composed, frozenset(), frozenset(), (), None, "composed"))
+    if not own:
+        return "; ".join(refused) or why
+    fn = own[0].fn if len(own) == 1 else chained(own, contract.reference)
+    when = None if own[-1].when is None else lambda *args, **kwargs: any(i.when is None or i.when(*args, **kwargs) for i in own)
+    return Candidate(fn if device.type == "cpu" else on_device(fn, contract, device), when, device)
+
+
+def _composed(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype) -> Callable[..., Any] | str:
+    """The op made of the backend's own parts, or why it can not be."""
+    assert contract.compose is not None
     parts = {}
     for part in contract.parts:
-        found = candidate(CONTRACTS[part], backend, probe, dtype)
-        if isinstance(found, str) or found.when is not None:
+        own, _ = usable(CONTRACTS[part], backend, probe, dtype)
+        if not own or own[-1].when is not None:
             return f"not written, and its part {part} does not take every input"
-        parts[part] = found.fn
-    return Candidate(contract.compose(SimpleNamespace(**parts)), None, device)
+        parts[part] = own[0].fn if len(own) == 1 else chained(own, CONTRACTS[part].reference)
+    return contract.compose(SimpleNamespace(**parts))
 
 
 def socs_of(module: ModuleType, wanted: Sequence[str]) -> tuple[str | None, ...]:

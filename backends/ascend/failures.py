@@ -1,0 +1,24 @@
+"""Errors of the vendor's software that are no defect here: what a node lacks, told in one message."""
+
+from __future__ import annotations
+
+import re
+
+from backends.ascend.probe import torch_npu_version
+
+_NO_KERNEL = re.compile(r"(aclnn\w+) or \1GetWorkspaceSize not in (\w+\.so)")
+
+
+def explain_failure(error: BaseException) -> str | None:
+    """What to tell a user about an error raised by a vendor op, None for one that this backend does not recognise.
+
+    Op names are looked up in CANN's libraries at the first call, so a missing op package is not seen before.
+    """
+    if (found := _NO_KERNEL.search(str(error))) is None:
+        return None
+    name, library = found.groups()
+    return (
+        f"the CANN of this node has no {name} ({library} was searched), which torch_npu {torch_npu_version()} calls: "
+        "install the ops package of the CANN release that goes with it and source its set_env.sh (docs/ascend.md), "
+        "or take the op from another backend with --ops OP=cpu"
+    )

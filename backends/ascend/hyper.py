@@ -1,0 +1,64 @@
+"""Hyper-connections: an fp32 product, then the vendor's ops for norm, coefficients and mixing.
+
+custom.npu_hc_pre does it all in one, but multiplies in HF32 (10 bits of the weights), outside the bound of hc_pre: it is not offered. Its
+two other pieces are: they are documented in fp32, and the product between them is ours. The wheel's npu_mhc_post is not offered: the notes
+do not say over which index of h_res it sums.
+Source: Ascend operator notes, section 9; cann-recipes-infer, docs and test of npu_hc_pre_sinkhorn and npu_hc_pre_inv_rms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.hyper import hc_post, hc_pre
+
+HC_POST = "custom::npu_hc_post"
+INVERSE_RMS, SINKHORN = "custom::npu_hc_pre_inv_rms", "custom::npu_hc_pre_sinkhorn"
+ITERATIONS = 20
+WIDTHS = (4096, 7168)
+STREAMS = 4
+
+
+def _hc_post_when(y_TD: Tensor, streams_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> bool:
+    tokens, n, width = streams_TnD.shape
+    contiguous = all(t.is_contiguous() for t in (y_TD, streams_TnD, post_Tn, comb_Tnn))
+    return tokens > 0 and n == STREAMS and width in WIDTHS and contiguous
+
+
+@hc_post.implement("ascend", name=HC_POST, dtypes=(torch.bfloat16,), needs=(HC_POST,), when=_hc_post_when)
+def _hc_post(y_TD: Tensor, streams_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> Tensor:
+    mixed: Tensor = torch.ops.custom.npu_hc_post(x=y_TD, residual=streams_TnD, post=post_Tn, comb=comb_Tnn)
+    return mixed
+
+
+def _hc_pre_when(
+    streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float, iters: int
+) -> bool:  # fmt: skip
+    tokens, n, width = streams_TnD.shape
+    contiguous = all(t.is_contiguous() for t in (streams_TnD, scale, base))
+    return tokens > 0 and n == STREAMS and width in WIDTHS and iters == ITERATIONS and contiguous
+
+
+@hc_pre.implement(
+    "ascend",
+    name="fp32 product, npu_hc_pre_inv_rms, npu_hc_pre_sinkhorn",
+    dtypes=(torch.bfloat16,),
+    soc=("910_93", "950"),
+    needs=(INVERSE_RMS, SINKHORN),
+    when=_hc_pre_when,
+)
+def _hc_pre(
+    streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float, iters: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x, post, comb = torch.ops.custom.npu_hc_pre_sinkhorn(
+        mixes=torch.nn.functional.linear(streams_TnD.flatten(1).float(), fn),
+        rsqrt=torch.ops.custom.npu_hc_pre_inv_rms(x=streams_TnD, epsilon=norm_eps),
+        hc_scale=scale,
+        hc_base=base,
+        x=streams_TnD,
+        hc_mult=STREAMS,
+        hc_sinkhorn_iters=iters,
+        hc_eps=hc_eps,
+    )
+    return x, post, comb

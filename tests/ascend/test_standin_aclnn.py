@@ -1,0 +1,95 @@
+"""Below torch_npu's host code: what reaches the kernel is what was passed, and what comes back is what the model gives for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ascend.vendor_calls import VendorCall, all_calls
+from tools.npu_standin import models
+from tools.npu_standin.calls import recording
+from tools.npu_standin.host import BRIDGES
+from tools.npu_standin.install import StandIn
+
+pytestmark = [pytest.mark.standin, pytest.mark.wheel, pytest.mark.device]
+CALLS = all_calls()
+
+
+def _at(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return [_at(v, device) for v in value] if isinstance(value, list) else value
+
+
+def _op(name: str) -> Any:
+    space, _, op = name.partition("::")
+    return getattr(getattr(torch.ops, space), op)
+
+
+def _bits(t: torch.Tensor) -> tuple[Any, ...]:
+    return t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _results(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=[c.id for c in CALLS])
+def test_the_device_answers_as_the_model(call: VendorCall, standin: StandIn) -> None:
+    if standin.chip.family not in call.socs:
+        pytest.skip(f"documented for {', '.join(call.socs)}")
+    wanted = _results(models.MODELS[call.op](*(_at(a, torch.device("cpu")) for a in call.args), **call.kwargs))
+    fresh = next(c for c in all_calls() if c.id == call.id)  # an op may write into its operands
+    args = [_at(a, standin.device) for a in fresh.args]
+    with recording() as record:
+        found = _results(_op(call.op)(*args, **{k: _at(v, standin.device) for k, v in fresh.kwargs.items()}))
+    launched = record.launches("vendor")
+    assert launched.total() == 1 and (not call.aclnn or launched[call.aclnn] == 1), launched
+    for number, (got, want) in enumerate(zip(found, wanted, strict=False)):
+        if want is None or number in call.undefined:
+            continue
+        assert _bits(got.cpu()) == _bits(want), f"output {number}"
+
+
+def test_every_bridge_is_called(standin: StandIn) -> None:
+    """A bridge without a call would be an argument list that nobody has compared with the host code."""
+    used = {c.aclnn for c in CALLS} | {"aclnnGroupedMatmulV4", "aclnnGroupedMatmulV5"}
+    assert set(BRIDGES) - used <= {"aclnnDynamicQuantV4", "aclnnMoeReRouting", "aclnnLightningIndexer"}
+
+
+def test_a_wrong_argument_list_is_recognised(standin: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, gamma = torch.ones(2, 16, device="npu"), torch.ones(16, device="npu")
+    right = BRIDGES["aclnnRmsNorm"]
+    for wrong in (right.arguments[:-1], (*right.arguments, ("more", "i")), (("x", "I"), *right.arguments[1:])):
+        monkeypatch.setitem(BRIDGES, "aclnnRmsNorm", replace(right, arguments=wrong))
+        with pytest.raises(RuntimeError, match=r"WrongLetter: aclnnRmsNorm: .* hold t t t t"):
+            torch.ops.npu.npu_rms_norm(x, gamma, epsilon=1e-6)
+
+
+def test_a_model_that_disagrees_with_the_host_is_refused(standin: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.MODELS, "npu::npu_swiglu", lambda x, dim: x)
+    with pytest.raises(RuntimeError, match=r"the model gives torch.float32 \[2, 16\], the host allocated torch.float32 \[2, 8\]"):
+        torch.ops.npu.npu_swiglu(torch.ones(2, 16, device="npu"), -1)
+
+
+def test_the_refusal_of_a_model_is_the_error_that_is_raised(standin: StandIn) -> None:
+    with pytest.raises(RuntimeError, match=r"Refused: npu_scatter_nd_update_: found indices -1"):
+        torch.ops.npu.npu_scatter_nd_update_(
+            torch.ones(4, 2, device="npu"), torch.tensor([[-1]], device="npu"), torch.ones(1, 2, device="npu")
+        )
+
+
+def test_the_host_code_checks_its_arguments(standin: StandIn) -> None:
+    with recording() as record, pytest.raises(RuntimeError, match="bias"):
+        torch.ops.npu.npu_moe_gating_top_k(torch.empty(8, 256, device="npu"), 6, bias=torch.empty(7, device="npu"), norm_type=2)
+    assert not record.launches("vendor")
+
+
+def test_an_entry_without_a_bridge_says_what_was_passed(standin: StandIn) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"aclnnCast has no bridge to a model of its op; integer registers and stack hold t 0x22 t"
+    ):
+        torch.ops.npu.npu_dtype_cast(torch.ones(2, 16, device="npu", dtype=torch.bfloat16), 290)
