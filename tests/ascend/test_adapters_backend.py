@@ -197,13 +197,13 @@ class _Small(nn.Module):
 
 
 def test_weights_keep_their_values() -> None:
-    model = _Small()
+    model = nn.ModuleDict({"layer": _Small()})
     before = {n: p.clone() for n, p in model.named_parameters()}
     prepare(model)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[n].double(), before[n].double()) for n in before)
-    assert after["attn.wo_a"].transpose(1, 2).is_contiguous() and not after["attn.wo_a"].is_contiguous()
-    assert after["gate.weight"].dtype == torch.float32 and after["gate.tid2eid"].dtype == torch.int32
+    assert after["layer.attn.wo_a"].transpose(1, 2).is_contiguous() and not after["layer.attn.wo_a"].is_contiguous()
+    assert after["layer.gate.weight"].dtype == torch.float32 and after["layer.gate.tid2eid"].dtype == torch.int32
 
 
 def test_chip_names() -> None:
