@@ -33,11 +33,14 @@ def row_scales(scale_TG: Tensor, inputs: int) -> Tensor:
 
 
 def block_scales(scale_BG: Tensor, outputs: int, inputs: int) -> Tensor:
-    """E8M0 scales [N/128, K/128] of a weight as uint8 [K/64, N, 2], made once per weight."""
+    """E8M0 scales [N/128, K/128] of a weight as uint8 [K/64, N, 2], made once per weight.
+
+    A transposed view, because the weight goes in as one: the host code refuses a pair that differs in this.
+    """
 
     def make() -> Tensor:
         wide = scale_BG.view(torch.uint8).repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK // _MX, 1)
-        return wide.view(outputs, inputs // _PAIR, 2).transpose(0, 1).contiguous()
+        return wide.view(outputs, inputs // _PAIR, 2).transpose(0, 1)
 
     return _scales(scale_BG, (outputs, inputs), make)
 
@@ -81,7 +84,7 @@ def _experts_when(
 
 def _fp4_product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, counts_E: Tensor) -> Tensor:
     fixed: dict[str, Any] = {"weight_dtype": FP4, "per_token_scale_dtype": E8M0, "tuning_config": [0], "output_dtype": torch.bfloat16}
-    scales = {"per_token_scale": [row_scales(scale, codes.shape[1])], "antiquant_scale": [weight_scale.transpose(1, 2)]}
+    scales = {"per_token_scale": [row_scales(scale, codes.shape[1])], "antiquant_scale": [weight_scale.unflatten(2, (-1, 2)).transpose(1, 2)]}
     return grouped_product(codes, weight, counts_E, **scales, **fixed)
 
 

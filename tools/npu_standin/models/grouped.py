@@ -43,15 +43,16 @@ def _only(name: str, values: list[Tensor] | None) -> Tensor | None:
 
 
 def _mx_weight(values_KN: Tensor, scale: Tensor) -> Tensor:
-    """Weight [K, N] of one expert times its scales, [K/64, N, 2] or [K/32, N]."""
+    """Weight [K, N] of one expert times its scales [K/64, N, 2]: pairs stay together, also where the hub keeps [N, K/32]."""
     k, n = values_KN.shape
-    if scale.dim() == 3:
-        require_shape(OP, "scale of an expert", scale, -(-k // 64), n, 2)
-        per_block = powers(scale).permute(0, 2, 1).flatten(0, 1)
-    else:
-        require_shape(OP, "scale of an expert", scale, -(-k // MX_BLOCK), n)
-        per_block = powers(scale)
+    require_shape(OP, "scale of an expert", scale, -(-k // 64), n, 2)
+    per_block = powers(scale).permute(0, 2, 1).flatten(0, 1)
     return values_KN * per_block.repeat_interleave(MX_BLOCK, 0)[:k]
+
+
+def _fp4_by_input(weight_KN: Tensor) -> Tensor:
+    """Values [K, N] of fp4 codes [K/2, N] seen from [N, K/2]: two neighbours of K in a byte."""
+    return from_e2m1(unpack(weight_KN.T)).T
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,17 @@ def _mx_operands(
     require(w_kind != torch.uint8, OP, "uint8 weight without weight_dtype", "weight_dtype=296 for fp4")
     require(_is_e8m0(kinds["row"]), OP, f"per_token_scale_dtype {kinds['row']}", "293 (MX)")
     rows = needed(OP, "per_token_scale [M, K/64, 2]", row_scale)
-    if antiquant is not None:  # weight [E, K/2, N] seen from [E, N, K/2]: two neighbours of K per byte
+    if antiquant is not None:
         require(x.dtype == torch.float8_e4m3fn and w_kind == FP4_E2M1, OP, f"{x.dtype} x {w_kind}", "e4m3 x fp4 with antiquant_scale")
-        a8w4 = lambda e: _mx_weight(from_e2m1(unpack(weight[e].T)).T, antiquant[e])  # noqa: E731
+        a8w4 = lambda e: _mx_weight(_fp4_by_input(weight[e]), antiquant[e])  # noqa: E731
         return Operands(mx_values(x, rows, x.dtype), a8w4, weight.shape[2])
     require(_is_e8m0(kinds["scale"]), OP, f"scale_dtype {kinds['scale']}", "293 (MX)")
     table = needed(OP, "scale [E, K/64, N, 2]", scale)
-    if w_kind == FP4_E2M1:  # weight [E, K, N/2]
+    if w_kind == FP4_E2M1:  # weight [E, K, N/2], or [E, K/2, N] seen from [E, N, K/2]
         legal = x.dtype == torch.uint8 and x_kind == FP4_E2M1
         require(legal, OP, f"x {x.dtype} as {x_kind}", "uint8 x with x_dtype=296: without it N is read as N/2")
+        if weight.shape[1] == x.shape[1]:
+            return Operands(mx_values(x, rows, FP4_E2M1), lambda e: _mx_weight(_fp4_by_input(weight[e]), table[e]), weight.shape[2])
         a4w4 = lambda e: _mx_weight(from_e2m1(unpack(weight[e])), table[e])  # noqa: E731
         return Operands(mx_values(x, rows, FP4_E2M1), a4w4, weight.shape[2] * 2)
     require_dtype(OP, "weight", weight, torch.float8_e4m3fn, torch.float8_e5m2)
