@@ -249,3 +249,34 @@ def _transpose_bmm(g: torch.Generator) -> Arguments:
 def _re_routing(g: torch.Generator) -> Arguments:
     counts = ints(2, 0, 1, 1, 3, 0, dtype=torch.int64).view(2, 3)
     return {"tokens": bf16(g, 10, 64), "expert_token_num_per_rank": counts, "per_token_scales": fp32(g, 10), "expert_token_num_type": 1, "idx_type": 0}
+
+
+@legal("custom::npu_swiglu_group_quant")
+def _swiglu_group(g: torch.Generator) -> Arguments:
+    return {
+        "x": bf16(g, 12, 512) * 20, "group_index": ints(3, 0, 5, 2, dtype=torch.int64), "dst_type": torch.float8_e4m3fn, "quant_mode": 1,
+        "round_scale": True, "clamp_limit": 10.0, "output_origin": True,
+    }  # fmt: skip
+
+
+@legal("npu::npu_grouped_matmul_swiglu_quant_v2")
+def _grouped_swiglu(g: torch.Generator) -> Arguments:
+    return {
+        "x": int8(g, 12, 64), "weight": [int8(g, 4, 64, 128)], "weight_scale": [fp32(g, 4, 128).abs() / 100], "x_scale": fp32(g, 12).abs(),
+        "group_list": ints(3, 3, 8, 10, dtype=torch.int64),
+    }  # fmt: skip
+
+
+@legal("npu::npu_rms_norm_dynamic_mx_quant")
+def _rms_norm_mx(g: torch.Generator) -> Arguments:
+    return {"x": bf16(g, 5, 512), "gamma": bf16(g, 512), "epsilon": 1e-6, "scale_alg": 1, "round_mode": "rint", "dst_type": E4M3}
+
+
+@legal("npu::npu_moe_token_permute")
+def _token_permute(g: torch.Generator) -> Arguments:
+    return {"tokens": bf16(g, 5, 64), "indices": torch.randint(0, 9, (5, 6), generator=g)}
+
+
+@legal("npu::npu_moe_token_unpermute")
+def _token_unpermute(g: torch.Generator) -> Arguments:
+    return {"permuted_tokens": bf16(g, 30, 64), "sorted_indices": torch.randperm(30, generator=g).to(INT32), "probs": bf16(g, 5, 6)}

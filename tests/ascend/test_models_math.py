@@ -289,6 +289,51 @@ def test_plain_swiglu_has_no_clamp():
     assert not torch.allclose(call("npu::npu_swiglu").double(), _activated(gate, up), rtol=0.1)
 
 
+def test_group_quant_clamps_only_when_told(on_chip):
+    on_chip("950")
+    name = "custom::npu_swiglu_group_quant"
+    x = arguments(name)["x"]
+    codes, scales, origin = call(name)
+    golden = _activated(*x[:10].chunk(2, 1))
+    near(origin[:10], golden, 2)
+    wide = torch.exp2(scales.view(torch.uint8).double().flatten(1)[:10] - 127).repeat_interleave(32, 1)
+    assert bool(((codes[:10].double() * wide - golden).abs() <= golden.abs() / 15 + wide * 2**-9).all())
+    assert all(poisoned(t[10:]) for t in (codes, scales, origin))
+    assert poisoned(call(name, output_origin=False)[2])
+    gate, up = x[:10].double().chunk(2, 1)
+    near(call(name, clamp_limit=None)[2][:10], F.silu(gate) * up, 2)
+    codes, scales, _ = call(name, quant_mode=0, round_scale=False)
+    assert scales.shape == (12, 2)
+    wide = scales[:10].double().repeat_interleave(128, 1)
+    assert bool(((codes[:10].double() * wide - golden).abs() <= golden.abs() / 15 + wide * 2**-9).all())
+
+
+def test_the_fused_product_and_activation_has_no_clamp():
+    name = "npu::npu_grouped_matmul_swiglu_quant_v2"
+    given = arguments(name)
+    codes, scales = call(name)
+    product = given["x"][3:8].double() @ given["weight"][0][2].double()
+    product = product * given["weight_scale"][0][2].double() * given["x_scale"][3:8, None].double()
+    gate, up = product.chunk(2, 1)
+    golden = F.silu(gate) * up
+    assert float(golden.abs().max()) > 100
+    assert bool(((codes[3:8].double() * scales[3:8, None] - golden).abs() <= 0.502 * scales[3:8, None]).all())
+    assert poisoned(codes[10:])
+
+
+def test_the_older_permutation_there_and_back():
+    given = arguments("npu::npu_moe_token_permute")
+    rows, index = call("npu::npu_moe_token_permute")
+    flat = given["indices"].flatten().tolist()
+    order = sorted(range(30), key=lambda i: (flat[i], i))
+    assert torch.equal(rows, given["tokens"][torch.tensor(order) // 6])
+    probs = torch.full((5, 6), 0.25).bfloat16()
+    back = call("npu::npu_moe_token_unpermute", permuted_tokens=rows, sorted_indices=index, probs=probs)
+    near(back, given["tokens"].double() * 1.5, 2)
+    with pytest.raises(models.Refused, match="probs"):
+        call("npu::npu_moe_token_unpermute", probs=probs.float())
+
+
 def test_hf32_cuts_the_mantissa_towards_zero():
     assert hf32(torch.tensor([1 + 2**-10, 1 + 2**-11, -(1 + 2**-11), 1.0, 0.0])).tolist() == [1 + 2**-10, 1.0, -1.0, 1.0, 0.0]
     x = torch.randn(1000)

@@ -114,6 +114,16 @@ def test_mx_quant_gives_fp4_by_default(on_chip):
     assert models.MODELS[MX](arguments(MX)["input"])[0].dtype == torch.uint8
 
 
+def test_norm_and_mx_quant_are_the_two_ops(on_chip):
+    on_chip("950")
+    given = arguments("npu::npu_rms_norm_dynamic_mx_quant")
+    codes, scales, rstd = call("npu::npu_rms_norm_dynamic_mx_quant")
+    y = given["x"].double() * rstd.double() * given["gamma"].double()
+    step = torch.exp2(scales.double().flatten(1) - 127).repeat_interleave(32, 1)
+    assert bool(((codes.double() * step - y).abs() <= y.abs() / 15 + step * 2**-9).all())
+    near(rstd[:, 0], given["x"].double().square().mean(1).add(1e-6).rsqrt(), 4)
+
+
 def test_anti_mx_reads_bytes_as_e4m3_by_default(on_chip):
     on_chip("950")
     packed, scales = call(MX, dst_type=FP4)
