@@ -29,7 +29,8 @@ _scales = ByIdentity()
 
 def row_scales(scale_TG: Tensor, inputs: int) -> Tensor:
     """E8M0 scales [T, K/128] of activations as uint8 [T, K/64, 2]: one per 32 channels, in pairs."""
-    return scale_TG.view(torch.uint8).repeat_interleave(_BLOCK // _MX, dim=1).view(-1, inputs // _PAIR, 2)
+    tokens, groups = scale_TG.shape
+    return scale_TG.view(torch.uint8)[:, :, None].expand(tokens, groups, _BLOCK // _MX).reshape(tokens, inputs // _PAIR, 2)
 
 
 def block_scales(scale_BG: Tensor, outputs: int, inputs: int) -> Tensor:
