@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backends.ascend.hoist import ByIdentity
+from backends.ascend.int8 import LARGEST, in_parts
 from backends.ascend.moe import GROUPED, MOST_EXPERTS, WIDEST, clamped_halves, grouped_product, representable
 from ops.experts_quant import grouped_experts_fp4
 from ops.linear import linear_fp8
@@ -51,7 +52,7 @@ def _linear_when(
 ) -> bool:  # fmt: skip
     n, k = weight_NK.shape
     given = x_scale is not None and out_dtype in (None, torch.bfloat16)
-    return given and x.shape[0] > 0 and n % _BLOCK == 0 and k % _BLOCK == 0 and max(n, k) < WIDEST and x.is_contiguous()
+    return given and x.shape[0] > 0 and n % _BLOCK == 0 and k % _BLOCK == 0 and k <= LARGEST and x.is_contiguous()
 
 
 @linear_fp8.implement("ascend", name="npu_quant_matmul", soc=("950",), needs=(QUANT_MATMUL,), when=_linear_when)
@@ -60,17 +61,22 @@ def _linear_fp8(
 ) -> Tensor:  # fmt: skip
     assert x_scale is not None
     n, k = weight_NK.shape
-    y: Tensor = torch.ops.npu.npu_quant_matmul(
-        x1=x,
-        x2=weight_NK.t(),
-        scale=block_scales(scale, n, k),
-        pertoken_scale=row_scales(x_scale, k),
-        output_dtype=torch.bfloat16,
-        scale_dtype=E8M0,
-        pertoken_scale_dtype=E8M0,
-        group_sizes=_MX_GROUPS,
-    )
-    return y
+    scales, rows_scale = block_scales(scale, n, k), row_scales(x_scale, k)
+
+    def part(rows: slice) -> Tensor:
+        y: Tensor = torch.ops.npu.npu_quant_matmul(
+            x1=x,
+            x2=weight_NK[rows].t(),
+            scale=scales[:, rows],
+            pertoken_scale=rows_scale,
+            output_dtype=torch.bfloat16,
+            scale_dtype=E8M0,
+            pertoken_scale_dtype=E8M0,
+            group_sizes=_MX_GROUPS,
+        )
+        return y
+
+    return in_parts(part, n)
 
 
 def _experts_when(
