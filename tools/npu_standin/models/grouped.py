@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tools.npu_standin.models import OLDER, model, needed, require, require_dtype, require_shape, soc, undefined
-from tools.npu_standin.models.blocks import MX_BLOCK, from_e2m1, mx_values, powers, unpack
+from tools.npu_standin.models.blocks import mx_values, pack, unpack
 from tools.npu_standin.models.codes import FP4_E2M1, type_of
 
 CUMULATED, COUNTS, PAIRS = 0, 1, 2
@@ -42,17 +42,13 @@ def _only(name: str, values: list[Tensor] | None) -> Tensor | None:
     return values[0]
 
 
-def _mx_weight(values_KN: Tensor, scale: Tensor) -> Tensor:
-    """Weight [K, N] of one expert times its scales [K/64, N, 2]: pairs stay together, also where the hub keeps [N, K/32]."""
-    k, n = values_KN.shape
-    require_shape(OP, "scale of an expert", scale, -(-k // 64), n, 2)
-    per_block = powers(scale).permute(0, 2, 1).flatten(0, 1)
-    return values_KN * per_block.repeat_interleave(MX_BLOCK, 0)[:k]
+def _mx_weight(codes_NK: Tensor, scale: Tensor, kind: torch.dtype | str) -> Tensor:
+    """Weight [K, N] of one expert from its rows of outputs [N, K] (fp4: bytes [N, K/2]) and scales [K/64, N, 2].
 
-
-def _fp4_by_input(weight_KN: Tensor) -> Tensor:
-    """Values [K, N] of fp4 codes [K/2, N] seen from [N, K/2]: two neighbours of K in a byte."""
-    return from_e2m1(unpack(weight_KN.T)).T
+    The pairs of scales stay together, also where the hub keeps [N, K/32].
+    """
+    require_shape(OP, "scale of an expert", scale, None, codes_NK.shape[0], 2)
+    return mx_values(codes_NK, scale.transpose(0, 1), kind).T
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def _mx_operands(
     rows = needed(OP, "per_token_scale [M, K/64, 2]", row_scale)
     if antiquant is not None:
         require(x.dtype == torch.float8_e4m3fn and w_kind == FP4_E2M1, OP, f"{x.dtype} x {w_kind}", "e4m3 x fp4 with antiquant_scale")
-        a8w4 = lambda e: _mx_weight(_fp4_by_input(weight[e]), antiquant[e])  # noqa: E731
+        a8w4 = lambda e: _mx_weight(weight[e].T, antiquant[e], FP4_E2M1)  # noqa: E731
         return Operands(mx_values(x, rows, x.dtype), a8w4, weight.shape[2])
     require(_is_e8m0(kinds["scale"]), OP, f"scale_dtype {kinds['scale']}", "293 (MX)")
     table = needed(OP, "scale [E, K/64, N, 2]", scale)
@@ -89,11 +85,11 @@ def _mx_operands(
         legal = x.dtype == torch.uint8 and x_kind == FP4_E2M1
         require(legal, OP, f"x {x.dtype} as {x_kind}", "uint8 x with x_dtype=296: without it N is read as N/2")
         if weight.shape[1] == x.shape[1]:
-            return Operands(mx_values(x, rows, FP4_E2M1), lambda e: _mx_weight(_fp4_by_input(weight[e]), table[e]), weight.shape[2])
-        a4w4 = lambda e: _mx_weight(from_e2m1(unpack(weight[e])), table[e])  # noqa: E731
+            return Operands(mx_values(x, rows, FP4_E2M1), lambda e: _mx_weight(weight[e].T, table[e], FP4_E2M1), weight.shape[2])
+        a4w4 = lambda e: _mx_weight(pack(unpack(weight[e]).T), table[e], FP4_E2M1)  # noqa: E731
         return Operands(mx_values(x, rows, FP4_E2M1), a4w4, weight.shape[2] * 2)
     require_dtype(OP, "weight", weight, torch.float8_e4m3fn, torch.float8_e5m2)
-    return Operands(mx_values(x, rows, x.dtype), lambda e: _mx_weight(weight[e].float(), table[e]), weight.shape[2])
+    return Operands(mx_values(x, rows, x.dtype), lambda e: _mx_weight(weight[e].T, table[e], weight.dtype), weight.shape[2])
 
 
 def _operands(x: Tensor, weight: Tensor, scale: Tensor | None, row_scale: Tensor | None) -> Operands:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tools.npu_standin.models import OLDER, model, needed, require, require_dtype, require_shape, soc
-from tools.npu_standin.models.blocks import MX_BLOCK, from_e2m1, mx_values, powers, unpack
+from tools.npu_standin.models.blocks import MX_BLOCK, mx_values
 from tools.npu_standin.models.codes import FP4_E2M1, type_of
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -43,11 +43,9 @@ def _int8(
 
 def _mx(x1: Tensor, x2: Tensor, scale: Tensor, row_scale: Tensor, first: torch.dtype | str, second: torch.dtype | str) -> Tensor:
     """x1 [m, k] (fp4: [m, k/2]) and x2 [k, n] (fp4: a transposed view of [n, k/2]); scale [k/64, n, 2], row_scale [m, k/64, 2]."""
-    left = mx_values(x1, row_scale, first)
-    right = from_e2m1(unpack(x2.T)).T if second == FP4_E2M1 else x2.float()
-    k, n = right.shape
-    require_shape(OP, "scale", scale, -(-k // 64), n, 2)
-    return left @ (right * powers(scale).permute(0, 2, 1).flatten(0, 1).repeat_interleave(MX_BLOCK, 0)[:k])
+    n = x2.shape[1]
+    require_shape(OP, "scale", scale, None, n, 2)
+    return mx_values(x1, row_scale, first) @ mx_values(x2.T, scale.transpose(0, 1), second).T
 
 
 def _blocked(x1: Tensor, x2: Tensor, scale: Tensor, row_scale: Tensor) -> Tensor:
