@@ -65,7 +65,12 @@ _add(GROUPED, "w4a4 as stored", NEWER, lambda g: {
 _add("npu::npu_dynamic_mx_quant", "fp4", NEWER, lambda g: {"dst_type": FP4})
 _add("npu::npu_anti_mx_quant", "fp4", NEWER, lambda g: {"x": codes(g, 5, 256), "src_type": FP4})
 _add("npu::npu_swiglu_mx_quant", "fp4", NEWER, lambda g: {"dst_type": FP4})
-_add("npu::npu_dequant_swiglu_quant", "bf16", ALL, lambda g: {"x": fp32(g, 12, 256).bfloat16(), "weight_scale": None, "activation_scale": None})
+_add(
+    "npu::npu_dequant_swiglu_quant",
+    "bf16",
+    ALL,
+    lambda g: {"x": fp32(g, 12, 256).bfloat16(), "weight_scale": None, "activation_scale": None},
+)
 _add("npu::npu_dequant_swiglu_quant", "fp8", NEWER, lambda g: {"dst_type": 24})
 _add("npu::npu_lightning_indexer", "no values", ALL, lambda g: {"return_value": False})
 _add(MATMUL, "no row scale", ALL, lambda g: {"pertoken_scale": None})

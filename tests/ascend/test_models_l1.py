@@ -48,7 +48,13 @@ def test_a_block_of_experts_runs_without_data(soc):
         weights, ids, _ = torch.ops.npu.npu_moe_gating_top_k(logits, k, norm_type=2)
         x = torch.empty(tokens, width, dtype=torch.bfloat16, device="npu")
         rows, index, counts, _ = torch.ops.npu.npu_moe_init_routing_v2(
-            x, ids, active_num=tokens * k, expert_num=experts, active_expert_range=[0, experts], expert_tokens_num_flag=True, expert_tokens_num_type=1
+            x,
+            ids,
+            active_num=tokens * k,
+            expert_num=experts,
+            active_expert_range=[0, experts],
+            expert_tokens_num_flag=True,
+            expert_tokens_num_type=1,
         )
         w13 = torch.empty(experts, width, 2 * inner, dtype=torch.bfloat16, device="npu")
         w2 = torch.empty(experts, inner, width, dtype=torch.bfloat16, device="npu")
@@ -70,7 +76,11 @@ PASSES = [
     ("npu::npu_dequant_swiglu_quant", {"clamp_limit": float("inf")}, "no finite clamp"),
     ("npu::npu_clipped_swiglu", {"limit": -1.0}, "a negative limit"),
     ("npu::npu_grouped_matmul", {"weight": [torch.ones(4, 65, 96).bfloat16()]}, "another K in x and weight"),
-    ("npu::npu_transpose_batchmatmul", {"input": torch.ones(2, 16, 4096).bfloat16(), "weight": torch.ones(16, 4096, 16).bfloat16()}, "K*B of Pro"),
+    (
+        "npu::npu_transpose_batchmatmul",
+        {"input": torch.ones(2, 16, 4096).bfloat16(), "weight": torch.ones(16, 4096, 16).bfloat16()},
+        "K*B of Pro",
+    ),
     ("npu::npu_moe_init_routing_v2", {"active_expert_range": [0, 99]}, "experts that do not exist"),
 ]
 

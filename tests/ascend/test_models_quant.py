@@ -7,13 +7,18 @@ import torch
 
 from ops.quant_fp4 import fp4_codes, quant_int8
 from tests.ascend.model_cases import E8M0, FP4, arguments, call
+from tests.ascend.model_checks import near, poisoned
 from tests.ascend.model_variants import VARIANTS
-from tests.ascend.test_models_math import near, poisoned
 from tools.npu_standin import models
 from tools.npu_standin.models import blocks
 from tools.npu_standin.models.codes import storage_of, type_of
 
-DYNAMIC, BLOCKS, MX, ANTI = "npu::npu_dynamic_quant", "npu::npu_dynamic_block_quant", "npu::npu_dynamic_mx_quant", "npu::npu_anti_mx_quant"
+DYNAMIC, BLOCKS, MX, ANTI = (
+    "npu::npu_dynamic_quant",
+    "npu::npu_dynamic_block_quant",
+    "npu::npu_dynamic_mx_quant",
+    "npu::npu_anti_mx_quant",
+)
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 

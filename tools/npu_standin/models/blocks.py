@@ -89,7 +89,9 @@ def mx_values(codes: Tensor, scales: Tensor, kind: torch.dtype | str) -> Tensor:
     width = wide.shape[-1]
     pairs = -(-width // (2 * MX_BLOCK))
     documented = (*wide.shape[:-1], pairs, 2)
-    require(tuple(scales.shape) == documented, "MX scales", list(scales.shape), f"{list(documented)} for values {list(wide.shape)}")
+    require(
+        tuple(scales.shape) == documented, "MX scales", list(scales.shape), f"{list(documented)} for values {list(wide.shape)}"
+    )
     per_block = powers(scales).flatten(-2)
     if width % MX_BLOCK == 0:
         return (wide.unflatten(-1, (-1, MX_BLOCK)) * per_block[..., : width // MX_BLOCK, None]).flatten(-2)

@@ -67,7 +67,12 @@ def _is_e8m0(code: int | None) -> bool:
 
 
 def _mx_operands(
-    x: Tensor, weight: Tensor, scale: Tensor | None, antiquant: Tensor | None, row_scale: Tensor | None, kinds: dict[str, int | None]
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    antiquant: Tensor | None,
+    row_scale: Tensor | None,
+    kinds: dict[str, int | None],
 ) -> Operands:
     x_kind = type_of(kinds["x"]) if kinds["x"] is not None else x.dtype
     w_kind = type_of(kinds["weight"]) if kinds["weight"] is not None else weight.dtype
@@ -76,7 +81,9 @@ def _mx_operands(
     require(_is_e8m0(kinds["row"]), OP, f"per_token_scale_dtype {kinds['row']}", "293 (MX)")
     rows = needed(OP, "per_token_scale [M, K/64, 2]", row_scale)
     if antiquant is not None:
-        require(x.dtype == torch.float8_e4m3fn and w_kind == FP4_E2M1, OP, f"{x.dtype} x {w_kind}", "e4m3 x fp4 with antiquant_scale")
+        require(
+            x.dtype == torch.float8_e4m3fn and w_kind == FP4_E2M1, OP, f"{x.dtype} x {w_kind}", "e4m3 x fp4 with antiquant_scale"
+        )
         a8w4 = lambda e: _mx_weight(weight[e].T, antiquant[e], FP4_E2M1)  # noqa: E731
         return Operands(mx_values(x, rows, x.dtype), a8w4, weight.shape[2])
     require(_is_e8m0(kinds["scale"]), OP, f"scale_dtype {kinds['scale']}", "293 (MX)")
@@ -114,14 +121,24 @@ def _output_type(x: Tensor, scale: Tensor | None, output_dtype: int | None) -> t
         require(wanted in (None, x.dtype), OP, f"output_dtype {wanted}", f"the type of x, {x.dtype}")
         return x.dtype
     if x.dtype != torch.int8:
-        require(wanted in (torch.bfloat16, torch.float16, torch.float32), OP, f"output_dtype {wanted}", "bf16, fp16 or fp32, passed explicitly")
+        require(
+            wanted in (torch.bfloat16, torch.float16, torch.float32),
+            OP,
+            f"output_dtype {wanted}",
+            "bf16, fp16 or fp32, passed explicitly",
+        )
         assert isinstance(wanted, torch.dtype)
         return wanted
     if scale is None:
         require(wanted == torch.int32, OP, f"output_dtype {wanted} without scale", "int32")
         return torch.int32
     fitting = torch.bfloat16 if scale.dtype == torch.bfloat16 else torch.float16
-    require(wanted == fitting, OP, f"output_dtype {wanted} with a scale of {scale.dtype}", "bf16 scale for bf16 output, fp32 scale for fp16")
+    require(
+        wanted == fitting,
+        OP,
+        f"output_dtype {wanted} with a scale of {scale.dtype}",
+        "bf16 scale for bf16 output, fp32 scale for fp16",
+    )
     return fitting
 
 
@@ -162,9 +179,23 @@ def npu_grouped_matmul(
     require(split_item in (2, 3), OP, f"split_item {split_item}", "2 or 3 (one output)")
     require(group_type == 0, OP, f"group_type {group_type}", "group_type 0 with a tensor group_list")
     groups = needed(OP, "group_list", group_list)
-    require(rows.dim() == 2 and table.dim() == 3, OP, f"x {list(rows.shape)}, weight {list(table.shape)}", "x [M, K], weight [E, K, N]")
-    require(table.shape[0] <= 1024 and max(rows.shape[1], *table.shape[1:]) < 65536, OP, f"weight {list(table.shape)}", "E <= 1024, K and N below 65536")
-    per_channel, antiquant, per_row = _only("scale", scale), _only("antiquant_scale", antiquant_scale), _only("per_token_scale", per_token_scale)
+    require(
+        rows.dim() == 2 and table.dim() == 3,
+        OP,
+        f"x {list(rows.shape)}, weight {list(table.shape)}",
+        "x [M, K], weight [E, K, N]",
+    )
+    require(
+        table.shape[0] <= 1024 and max(rows.shape[1], *table.shape[1:]) < 65536,
+        OP,
+        f"weight {list(table.shape)}",
+        "E <= 1024, K and N below 65536",
+    )
+    per_channel, antiquant, per_row = (
+        _only("scale", scale),
+        _only("antiquant_scale", antiquant_scale),
+        _only("per_token_scale", per_token_scale),
+    )
     kind = _output_type(rows, per_channel, output_dtype)
     if torch.uint8 in (rows.dtype, table.dtype) or rows.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         kinds = {"x": x_dtype, "weight": weight_dtype, "scale": scale_dtype, "row": per_token_scale_dtype}
@@ -172,7 +203,16 @@ def npu_grouped_matmul(
     else:
         require(antiquant is None, OP, "antiquant_scale", "none for this pair of types")
         parts = _operands(rows, table, per_channel, per_row)
-    return [_products(parts, group_slices(groups, int(group_list_type or 0), rows.shape[0], table.shape[0]), _only("bias", bias), rows, table, kind)]
+    return [
+        _products(
+            parts,
+            group_slices(groups, int(group_list_type or 0), rows.shape[0], table.shape[0]),
+            _only("bias", bias),
+            rows,
+            table,
+            kind,
+        )
+    ]
 
 
 def _products(
@@ -186,7 +226,9 @@ def _products(
         if first == end:
             continue
         right = parts.right(e)
-        require(parts.left.shape[1] == right.shape[0], OP, f"K = {parts.left.shape[1]} in x and {right.shape[0]} in weight", "equal K")
+        require(
+            parts.left.shape[1] == right.shape[0], OP, f"K = {parts.left.shape[1]} in x and {right.shape[0]} in weight", "equal K"
+        )
         product = parts.left[first:end] @ right
         product = product if bias is None else product + bias[e]
         product = product if parts.column_scale is None else product.float() * parts.column_scale[e].float()

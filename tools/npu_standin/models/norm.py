@@ -63,7 +63,9 @@ def npu_rms_norm_dynamic_mx_quant(
     require_dtype(op, "x", x, torch.float16, torch.bfloat16)
     require_shape(op, "gamma", gamma, x.shape[-1])
     require(beta is None or beta.shape == gamma.shape, op, "beta of another shape", "beta [D]")
-    require(scale_alg in (0, 1) and round_mode == "rint", op, f"scale_alg {scale_alg}, round_mode {round_mode!r}", "0 or 1, 'rint'")
+    require(
+        scale_alg in (0, 1) and round_mode == "rint", op, f"scale_alg {scale_alg}, round_mode {round_mode!r}", "0 or 1, 'rint'"
+    )
     y, rstd = normed(x, gamma, epsilon)
     codes, scales = mx_quantised(y if beta is None else y + beta.float(), type_of(dst_type), round_up=scale_alg == 1)
     return codes, scales.view(torch.uint8), rstd

@@ -19,7 +19,12 @@ def npu_moe_token_permute(
     require_shape(op, "tokens", tokens, None, None)
     require_dtype(op, "indices", indices, torch.int32, torch.int64)
     require_shape(op, "indices", indices, tokens.shape[0], None)
-    require(not padded_mode and num_out_tokens in (None, 0, indices.numel()), op, "padded_mode or num_out_tokens", "neither (not modelled)")
+    require(
+        not padded_mode and num_out_tokens in (None, 0, indices.numel()),
+        op,
+        "padded_mode or num_out_tokens",
+        "neither (not modelled)",
+    )
     order = torch.sort(indices.flatten(), stable=True).indices
     row_of = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
     return tokens[order // indices.shape[1]], row_of.to(torch.int32)
@@ -27,7 +32,11 @@ def npu_moe_token_permute(
 
 @model("npu::npu_moe_token_unpermute")
 def npu_moe_token_unpermute(
-    permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None, padded_mode: bool = False, restore_shape: list[int] | None = None
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    probs: Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: list[int] | None = None,
 ) -> Tensor:
     """[T, H] = sum over k of probs [T, k] times the row sorted_indices[t*k + j]; probs have the type of the rows; without them k = 1."""
     op = "npu_moe_token_unpermute"

@@ -48,7 +48,9 @@ def npu_swiglu_group_quant(
     else:
         blocks = y.unflatten(1, (width // 128, 128))
         scales = blocks.abs().amax(-1) / LARGEST[dst_type]
-        codes = cast(torch.where(scales[..., None] > 0, blocks / scales[..., None], torch.zeros_like(blocks)), dst_type).flatten(1)
+        codes = cast(torch.where(scales[..., None] > 0, blocks / scales[..., None], torch.zeros_like(blocks)), dst_type).flatten(
+            1
+        )
     origin = y.to(torch.bfloat16) if output_origin else undefined(y.shape, torch.bfloat16)
     if group_index is not None:
         used = group_of_rows(op, group_index, x.shape[0]).numel()
@@ -85,8 +87,15 @@ def npu_grouped_matmul_swiglu_quant_v2(
     """
     op = "npu_grouped_matmul_swiglu_quant_v2"
     extras = (smooth_scale, weight_assist_matrix, bias, x_dtype, weight_dtype, weight_scale_dtype, x_scale_dtype)
-    require(not any(e is not None for e in extras) and len(weight) == len(weight_scale) == 1, op, "optional arguments", "none (not modelled)")
-    require((dequant_mode, quant_mode, quant_dtype) == (0, 0, 1), op, f"modes {dequant_mode}, {quant_mode}, {quant_dtype}", "0, 0, 1")
+    require(
+        not any(e is not None for e in extras) and len(weight) == len(weight_scale) == 1,
+        op,
+        "optional arguments",
+        "none (not modelled)",
+    )
+    require(
+        (dequant_mode, quant_mode, quant_dtype) == (0, 0, 1), op, f"modes {dequant_mode}, {quant_mode}, {quant_dtype}", "0, 0, 1"
+    )
     require_dtype(op, "x", x, torch.int8)
     require_dtype(op, "weight", weight[0], torch.int8)
     require_shape(op, "weight", weight[0], None, x.shape[1], None)
