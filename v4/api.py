@@ -190,6 +190,8 @@ def load(
     binding = bind(chain, dtype=dtype, overrides=ops, checked=checked)
     module = load_backend(backend)
     settings = replace(plan_settings(config, checkpoint, binding.ops, dtype, numerics, cache_format), scope=scope)
+    if hasattr(module, "refusal") and (why := module.refusal(settings.linears, settings.experts)) is not None:
+        raise ValueError(f"{path}: {why}")
     model = Model(settings, mtp=mtp and checkpoint.has_mtp)
     _refuse_too_large(parameter_bytes(model), module.memory_available(), "the weights")
     report = load_parameters(model, checkpoint, dtype=dtype, device=module.DEVICE, progress=progress, include_mtp=mtp)

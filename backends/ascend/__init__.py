@@ -17,10 +17,11 @@ from backends.ascend.limits import enforced
 from backends.ascend.plain import register
 from backends.ascend.prepare import prepare
 from backends.ascend.probe import device_type, memory_available, probe, unavailable
+from backends.ascend.storage import refusal
 from ops.probe import Probe
 
 __all__ = ["DEVICE", "SOCS", "attention", "backends", "cache", "checks", "compress", "explain_failure", "gate", "hyper", "indexer"]
-__all__ += ["int8", "linear", "memory_available", "moe", "mx", "norm", "prepare", "probe", "rope", "unavailable"]
+__all__ += ["int8", "linear", "memory_available", "moe", "mx", "norm", "prepare", "probe", "refusal", "rope", "unavailable"]
 
 if TYPE_CHECKING:
     DEVICE: torch.device

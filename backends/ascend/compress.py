@@ -6,11 +6,14 @@ row of its output, sines first. Shapes as in ops/compress.py. Source: Ascend ope
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from backends.ascend.hoist import ByIdentity
 from backends.ascend.lengths import Lengths
+from backends.ascend.rope import pairs
 from ops.compress import compress
 
 COMPRESSOR = "custom::compressor"
@@ -26,13 +29,22 @@ _tables = ByIdentity()
 def _table(values_ER2: Tensor, rows: int) -> Tensor:
     """[E, R2] -> fp32 [rows, 2*R2]: every angle twice, zeros behind the entries."""
 
+    entries, width = values_ER2.shape
+    if not entries:
+        return _zeros(rows, 2 * width, values_ER2.device)
+
     def make() -> Tensor:
-        wide = values_ER2.new_zeros(rows, 2 * values_ER2.shape[1])
-        kept = min(rows, values_ER2.shape[0])
-        wide[:kept] = values_ER2[:kept].repeat_interleave(2, dim=1)
-        return wide
+        if rows <= entries:
+            return pairs(values_ER2[:rows])
+        return torch.cat((pairs(values_ER2), _zeros(rows - entries, 2 * width, values_ER2.device)))
 
     return _tables(values_ER2, (rows,), make)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(rows: int, width: int, device: torch.device) -> Tensor:
+    """Rotary values of rows that no entry has; most steps of one token complete none."""
+    return torch.zeros(rows, width, device=device)
 
 
 def _when(

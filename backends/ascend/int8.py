@@ -6,6 +6,7 @@ Source: Ascend operator notes, sections 3, 4 and 9.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from ops.quant import quant_int8
 
 DYNAMIC_QUANT, QUANT_MATMUL, DEQUANT_SWIGLU = "npu::npu_dynamic_quant", "npu::npu_quant_matmul", "npu::npu_dequant_swiglu_quant"
 _HALVES = (torch.bfloat16, torch.float16)
-_LARGEST = 65535
+LARGEST = 65535
+"""Most channels on a side of a quantised product; Pro's queries have 65536 and are computed in two parts."""
+
 _INNER, _INNER_STEP = 5120, 64
 
 
@@ -45,17 +48,28 @@ def _linear_when(
 ) -> bool:  # fmt: skip
     # without out_dtype codes give bf16; fp16 results would need scales packed by another op
     given = x_scale is not None and out_dtype in (None, torch.bfloat16)
-    return given and x.shape[0] > 0 and max(weight_NK.shape) <= _LARGEST and x.is_contiguous() and weight_NK.is_contiguous()
+    return given and x.shape[0] > 0 and weight_NK.shape[1] <= LARGEST and x.is_contiguous() and weight_NK.is_contiguous()
 
 
 @linear_int8.implement("ascend", name="npu_quant_matmul", needs=(QUANT_MATMUL,), when=_linear_when)
 def _linear_int8(
     x: Tensor, weight_NK: Tensor, scale: Tensor, *, x_scale: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:  # fmt: skip
-    y: Tensor = torch.ops.npu.npu_quant_matmul(
-        x1=x, x2=weight_NK.t(), scale=scale, pertoken_scale=x_scale, output_dtype=torch.bfloat16
-    )  # fmt: skip
-    return y
+    def part(rows: slice) -> Tensor:
+        y: Tensor = torch.ops.npu.npu_quant_matmul(
+            x1=x, x2=weight_NK[rows].t(), scale=scale[rows], pertoken_scale=x_scale, output_dtype=torch.bfloat16
+        )  # fmt: skip
+        return y
+
+    return in_parts(part, weight_NK.shape[0])
+
+
+def in_parts(part: Callable[[slice], Tensor], outputs: int) -> Tensor:
+    """part(rows of the weight) [T, n] for all `outputs` rows, in as few calls as the limit allows; parts start at multiples of 128."""
+    step = outputs if outputs <= LARGEST else LARGEST // 128 * 128
+    if step >= outputs:
+        return part(slice(None))
+    return torch.cat([part(slice(first, first + step)) for first in range(0, outputs, step)], dim=1)
 
 
 def _experts_when(

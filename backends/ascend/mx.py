@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backends.ascend.hoist import ByIdentity
+from backends.ascend.int8 import LARGEST, in_parts
 from backends.ascend.moe import GROUPED, MOST_EXPERTS, WIDEST, clamped_halves, grouped_product, representable
 from ops.experts_quant import grouped_experts_fp4
 from ops.linear import linear_fp8
@@ -29,15 +30,19 @@ _scales = ByIdentity()
 
 def row_scales(scale_TG: Tensor, inputs: int) -> Tensor:
     """E8M0 scales [T, K/128] of activations as uint8 [T, K/64, 2]: one per 32 channels, in pairs."""
-    return scale_TG.view(torch.uint8).repeat_interleave(_BLOCK // _MX, dim=1).view(-1, inputs // _PAIR, 2)
+    tokens, groups = scale_TG.shape
+    return scale_TG.view(torch.uint8)[:, :, None].expand(tokens, groups, _BLOCK // _MX).reshape(tokens, inputs // _PAIR, 2)
 
 
 def block_scales(scale_BG: Tensor, outputs: int, inputs: int) -> Tensor:
-    """E8M0 scales [N/128, K/128] of a weight as uint8 [K/64, N, 2], made once per weight."""
+    """E8M0 scales [N/128, K/128] of a weight as uint8 [K/64, N, 2], made once per weight.
+
+    A transposed view, because the weight goes in as one: the host code refuses a pair that differs in this.
+    """
 
     def make() -> Tensor:
         wide = scale_BG.view(torch.uint8).repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK // _MX, 1)
-        return wide.view(outputs, inputs // _PAIR, 2).transpose(0, 1).contiguous()
+        return wide.view(outputs, inputs // _PAIR, 2).transpose(0, 1)
 
     return _scales(scale_BG, (outputs, inputs), make)
 
@@ -47,7 +52,7 @@ def _linear_when(
 ) -> bool:  # fmt: skip
     n, k = weight_NK.shape
     given = x_scale is not None and out_dtype in (None, torch.bfloat16)
-    return given and x.shape[0] > 0 and n % _BLOCK == 0 and k % _BLOCK == 0 and max(n, k) < WIDEST and x.is_contiguous()
+    return given and x.shape[0] > 0 and n % _BLOCK == 0 and k % _BLOCK == 0 and k <= LARGEST and x.is_contiguous()
 
 
 @linear_fp8.implement("ascend", name="npu_quant_matmul", soc=("950",), needs=(QUANT_MATMUL,), when=_linear_when)
@@ -56,17 +61,22 @@ def _linear_fp8(
 ) -> Tensor:  # fmt: skip
     assert x_scale is not None
     n, k = weight_NK.shape
-    y: Tensor = torch.ops.npu.npu_quant_matmul(
-        x1=x,
-        x2=weight_NK.t(),
-        scale=block_scales(scale, n, k),
-        pertoken_scale=row_scales(x_scale, k),
-        output_dtype=torch.bfloat16,
-        scale_dtype=E8M0,
-        pertoken_scale_dtype=E8M0,
-        group_sizes=_MX_GROUPS,
-    )
-    return y
+    scales, rows_scale = block_scales(scale, n, k), row_scales(x_scale, k)
+
+    def part(rows: slice) -> Tensor:
+        y: Tensor = torch.ops.npu.npu_quant_matmul(
+            x1=x,
+            x2=weight_NK[rows].t(),
+            scale=scales[:, rows],
+            pertoken_scale=rows_scale,
+            output_dtype=torch.bfloat16,
+            scale_dtype=E8M0,
+            pertoken_scale_dtype=E8M0,
+            group_sizes=_MX_GROUPS,
+        )
+        return y
+
+    return in_parts(part, n)
 
 
 def _experts_when(
@@ -81,7 +91,7 @@ def _experts_when(
 
 def _fp4_product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, counts_E: Tensor) -> Tensor:
     fixed: dict[str, Any] = {"weight_dtype": FP4, "per_token_scale_dtype": E8M0, "tuning_config": [0], "output_dtype": torch.bfloat16}
-    scales = {"per_token_scale": [row_scales(scale, codes.shape[1])], "antiquant_scale": [weight_scale.transpose(1, 2)]}
+    scales = {"per_token_scale": [row_scales(scale, codes.shape[1])], "antiquant_scale": [weight_scale.unflatten(2, (-1, 2)).transpose(1, 2)]}
     return grouped_product(codes, weight, counts_E, **scales, **fixed)
 
 

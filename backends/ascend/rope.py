@@ -24,12 +24,17 @@ _DTYPES = (torch.bfloat16, torch.float32)
 _twice = ByIdentity()
 
 
+def pairs(table_TR2: Tensor) -> Tensor:
+    """[T, R2] -> [T, 2*R2] with every value twice, side by side; repeat_interleave would wait for the device."""
+    return table_TR2[:, :, None].expand(-1, -1, 2).reshape(table_TR2.shape[0], -1)
+
+
 def doubled(table_TR2: Tensor, negative: bool = False) -> Tensor:
     """[T, R2] -> [T, 1, 1, 2*R2] with every value twice (c0, c0, c1, c1, ...), made once per table."""
 
     def make() -> Tensor:
-        wide = table_TR2.repeat_interleave(2, dim=1)[:, None, None]
-        return wide.neg_() if negative else wide
+        wide = pairs(-table_TR2 if negative else table_TR2)
+        return wide[:, None, None]
 
     return _twice(table_TR2, (negative,), make)
 

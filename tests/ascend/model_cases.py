@@ -78,7 +78,13 @@ def _rms_norm_quant(g: torch.Generator) -> Arguments:
 
 def _rope(g: torch.Generator) -> Arguments:
     cos, sin = angles(g, 5)
-    return {"x": bf16(g, 5, 8, 1, 512), "r1": cos[:, None, None], "r2": sin[:, None, None], "rotary_mode": "interleave", "partial_slice": [448, 512]}
+    return {
+        "x": bf16(g, 5, 8, 1, 512),
+        "r1": cos[:, None, None],
+        "r2": sin[:, None, None],
+        "rotary_mode": "interleave",
+        "partial_slice": [448, 512],
+    }
 
 
 CASES["custom::inplace_partial_rotary_mul"] = CASES["cann_ops_transformer::inplace_partial_rotary_mul"] = _rope
@@ -87,7 +93,12 @@ CASES["custom::inplace_partial_rotary_mul"] = CASES["cann_ops_transformer::inpla
 @legal("npu::npu_rotary_mul")
 def _rotary_mul(g: torch.Generator) -> Arguments:
     cos, sin = angles(g, 5)
-    return {"input": bf16(g, 1, 5, 8, 64), "r1": cos.bfloat16()[None, :, None], "r2": sin.bfloat16()[None, :, None], "rotary_mode": "interleave"}
+    return {
+        "input": bf16(g, 1, 5, 8, 64),
+        "r1": cos.bfloat16()[None, :, None],
+        "r2": sin.bfloat16()[None, :, None],
+        "rotary_mode": "interleave",
+    }
 
 
 @legal("custom::scatter_nd_update_asc")
@@ -198,7 +209,15 @@ def _mhc_post(g: torch.Generator) -> Arguments:
 @legal("npu::npu_mhc_pre")
 def _mhc_pre(g: torch.Generator) -> Arguments:
     phi = fp32(g, 24, 4 * 4096) / 64
-    return {"x": bf16(g, 3, 4, 4096), "phi": phi, "alpha": fp32(g, 3), "bias": fp32(g, 24), "norm_eps": 1e-6, "hc_eps": 1e-6, "out_flag": 0}
+    return {
+        "x": bf16(g, 3, 4, 4096),
+        "phi": phi,
+        "alpha": fp32(g, 3),
+        "bias": fp32(g, 24),
+        "norm_eps": 1e-6,
+        "hc_eps": 1e-6,
+        "out_flag": 0,
+    }
 
 
 @legal("npu::npu_mhc_sinkhorn")
@@ -214,7 +233,14 @@ def _dynamic_quant(g: torch.Generator) -> Arguments:
 @legal("npu::npu_dynamic_block_quant")
 def _block_quant(g: torch.Generator) -> Arguments:
     kind = 24 if models.soc() == "950" else 1
-    return {"x": bf16(g, 5, 512), "min_scale": 0.0, "round_mode": "rint", "dst_type": kind, "row_block_size": 1, "col_block_size": 128}
+    return {
+        "x": bf16(g, 5, 512),
+        "min_scale": 0.0,
+        "round_mode": "rint",
+        "dst_type": kind,
+        "row_block_size": 1,
+        "col_block_size": 128,
+    }
 
 
 @legal("npu::npu_dynamic_mx_quant")
@@ -242,10 +268,57 @@ def _quant_matmul(g: torch.Generator) -> Arguments:
 
 @legal("npu::npu_transpose_batchmatmul")
 def _transpose_bmm(g: torch.Generator) -> Arguments:
-    return {"input": bf16(g, 5, 8, 256), "weight": bf16(g, 8, 256, 64), "perm_x1": [1, 0, 2], "perm_x2": [0, 1, 2], "perm_y": [1, 0, 2]}
+    return {
+        "input": bf16(g, 5, 8, 256),
+        "weight": bf16(g, 8, 256, 64),
+        "perm_x1": [1, 0, 2],
+        "perm_x2": [0, 1, 2],
+        "perm_y": [1, 0, 2],
+    }
 
 
 @legal("npu::npu_moe_re_routing")
 def _re_routing(g: torch.Generator) -> Arguments:
     counts = ints(2, 0, 1, 1, 3, 0, dtype=torch.int64).view(2, 3)
-    return {"tokens": bf16(g, 10, 64), "expert_token_num_per_rank": counts, "per_token_scales": fp32(g, 10), "expert_token_num_type": 1, "idx_type": 0}
+    return {
+        "tokens": bf16(g, 10, 64),
+        "expert_token_num_per_rank": counts,
+        "per_token_scales": fp32(g, 10),
+        "expert_token_num_type": 1,
+        "idx_type": 0,
+    }
+
+
+@legal("custom::npu_swiglu_group_quant")
+def _swiglu_group(g: torch.Generator) -> Arguments:
+    return {
+        "x": bf16(g, 12, 512) * 20, "group_index": ints(3, 0, 5, 2, dtype=torch.int64), "dst_type": torch.float8_e4m3fn, "quant_mode": 1,
+        "round_scale": True, "clamp_limit": 10.0, "output_origin": True,
+    }  # fmt: skip
+
+
+@legal("npu::npu_grouped_matmul_swiglu_quant_v2")
+def _grouped_swiglu(g: torch.Generator) -> Arguments:
+    return {
+        "x": int8(g, 12, 64), "weight": [int8(g, 4, 64, 128)], "weight_scale": [fp32(g, 4, 128).abs() / 100], "x_scale": fp32(g, 12).abs(),
+        "group_list": ints(3, 3, 8, 10, dtype=torch.int64),
+    }  # fmt: skip
+
+
+@legal("npu::npu_rms_norm_dynamic_mx_quant")
+def _rms_norm_mx(g: torch.Generator) -> Arguments:
+    return {"x": bf16(g, 5, 512), "gamma": bf16(g, 512), "epsilon": 1e-6, "scale_alg": 1, "round_mode": "rint", "dst_type": E4M3}
+
+
+@legal("npu::npu_moe_token_permute")
+def _token_permute(g: torch.Generator) -> Arguments:
+    return {"tokens": bf16(g, 5, 64), "indices": torch.randint(0, 9, (5, 6), generator=g)}
+
+
+@legal("npu::npu_moe_token_unpermute")
+def _token_unpermute(g: torch.Generator) -> Arguments:
+    return {
+        "permuted_tokens": bf16(g, 30, 64),
+        "sorted_indices": torch.randperm(30, generator=g).to(INT32),
+        "probs": bf16(g, 5, 6),
+    }

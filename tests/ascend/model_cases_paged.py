@@ -70,7 +70,17 @@ def _metadata(name: str, given: Arguments, shared: tuple[str, ...], **own: Any) 
     return found
 
 
-ALIKE = ("cu_seqlens_q", "seqused_kv", "cmp_ratio", "ori_mask_mode", "cmp_mask_mode", "ori_win_left", "ori_win_right", "layout_q", "layout_kv")
+ALIKE = (
+    "cu_seqlens_q",
+    "seqused_kv",
+    "cmp_ratio",
+    "ori_mask_mode",
+    "cmp_mask_mode",
+    "ori_win_left",
+    "ori_win_right",
+    "layout_q",
+    "layout_kv",
+)
 
 
 def sharedkv(g: torch.Generator, *, cmp: bool = True, indices: bool = True, ratio: int = 4, heads: int = 64) -> Arguments:
@@ -170,7 +180,18 @@ def _wheel_indexer(g: torch.Generator) -> Arguments:
     }  # fmt: skip
 
 
-CANN_ALIKE = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "cmp_residual_k", "layout_q", "layout_k", "mask_mode", "cmp_ratio", "max_seqlen_q")
+CANN_ALIKE = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "cmp_residual_k",
+    "layout_q",
+    "layout_k",
+    "mask_mode",
+    "cmp_ratio",
+    "max_seqlen_q",
+)
 
 
 @legal("cann_ops_transformer.lightning_indexer")
@@ -181,5 +202,12 @@ def _cann_indexer(g: torch.Generator) -> Arguments:
         "output_idx_offset": None, "max_seqlen_q": max(COUNTS), "layout_q": "TND", "layout_k": "PA_BBND", "mask_mode": 3, "cmp_ratio": 4,
         "return_value": 0,
     }  # fmt: skip
-    about = {"num_heads_q": 64, "num_heads_k": 1, "head_dim": 128, "topk": 512, "batch_size": BATCH, "max_seqlen_k": max(ENDS) // 4}
+    about = {
+        "num_heads_q": 64,
+        "num_heads_k": 1,
+        "head_dim": 128,
+        "topk": 512,
+        "batch_size": BATCH,
+        "max_seqlen_k": max(ENDS) // 4,
+    }
     return {**given, "metadata": _metadata("cann_ops_transformer.lightning_indexer_metadata", given, CANN_ALIKE, **about)}

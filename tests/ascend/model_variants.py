@@ -58,10 +58,19 @@ _add(GROUPED, "w4a8", NEWER, lambda g: {
 _add(GROUPED, "w4a4", NEWER, lambda g: {
     "x": [codes(g, 12, 80)], "weight": [codes(g, 4, 160, 48)], "scale": [powers(g, 4, 3, 96, 2)], "per_token_scale": [powers(g, 12, 3, 2)],
     "x_dtype": FP4, "weight_dtype": FP4, "scale_dtype": E8M0, "per_token_scale_dtype": E8M0, "output_dtype": 15})  # fmt: skip
+_add(GROUPED, "w4a4 as stored", NEWER, lambda g: {
+    "x": [codes(g, 12, 80)], "weight": [codes(g, 4, 96, 80).transpose(1, 2)], "scale": [powers(g, 4, 96, 3, 2).transpose(1, 2)],
+    "per_token_scale": [powers(g, 12, 3, 2)], "x_dtype": FP4, "weight_dtype": FP4, "scale_dtype": E8M0, "per_token_scale_dtype": E8M0,
+    "output_dtype": 15})  # fmt: skip
 _add("npu::npu_dynamic_mx_quant", "fp4", NEWER, lambda g: {"dst_type": FP4})
 _add("npu::npu_anti_mx_quant", "fp4", NEWER, lambda g: {"x": codes(g, 5, 256), "src_type": FP4})
 _add("npu::npu_swiglu_mx_quant", "fp4", NEWER, lambda g: {"dst_type": FP4})
-_add("npu::npu_dequant_swiglu_quant", "bf16", ALL, lambda g: {"x": fp32(g, 12, 256).bfloat16(), "weight_scale": None, "activation_scale": None})
+_add(
+    "npu::npu_dequant_swiglu_quant",
+    "bf16",
+    ALL,
+    lambda g: {"x": fp32(g, 12, 256).bfloat16(), "weight_scale": None, "activation_scale": None},
+)
 _add("npu::npu_dequant_swiglu_quant", "fp8", NEWER, lambda g: {"dst_type": 24})
 _add("npu::npu_lightning_indexer", "no values", ALL, lambda g: {"return_value": False})
 _add(MATMUL, "no row scale", ALL, lambda g: {"pertoken_scale": None})

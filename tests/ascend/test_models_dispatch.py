@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ascend.test_models_math import near, poisoned
+from tests.ascend.model_checks import near, poisoned
 from tools.npu_standin import models
 from tools.npu_standin.models import dispatch
 
@@ -42,7 +42,13 @@ def _dispatch(given: dict[str, torch.Tensor], rank: int, **changes: Any) -> Any:
 
 def _combine(given: dict[str, torch.Tensor], rank: int, rows: torch.Tensor, sent: Any, **changes: Any) -> torch.Tensor:
     passed = {"expand_x": rows, "expert_ids": given["expert_ids"], "assist_info_for_combine": sent[2], "ep_send_counts": sent[4]}
-    passed |= {"expert_scales": given["weights"], "group_ep": GROUP, "ep_world_size": RANKS, "ep_rank_id": rank, "moe_expert_num": EXPERTS}
+    passed |= {
+        "expert_scales": given["weights"],
+        "group_ep": GROUP,
+        "ep_world_size": RANKS,
+        "ep_rank_id": rank,
+        "moe_expert_num": EXPERTS,
+    }
     return MODELS["npu::npu_moe_distribute_combine_v2"](**{**passed, **changes})
 
 
@@ -68,7 +74,9 @@ def test_dispatch_experts_combine():
         expected = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
         for t in range(TOKENS):
             for j in range(K):
-                expected[t] += given["weights"][t, j].double() * _expert(given["x"][t], int(given["expert_ids"][t, j])).bfloat16().double()
+                expected[t] += (
+                    given["weights"][t, j].double() * _expert(given["x"][t], int(given["expert_ids"][t, j])).bfloat16().double()
+                )
         near(y, expected, 2)
 
 
@@ -120,7 +128,9 @@ def test_a_rank_that_stays_away_is_named(monkeypatch):
 def test_outputs_are_those_of_the_wheels_meta(changes, soc):
     given = _inputs()[0]
     found = _on_all(lambda r: _dispatch(_inputs()[r], r, **changes))[0]
-    meta = torch.ops.npu.npu_moe_distribute_dispatch_v2(given["x"].to("meta"), given["expert_ids"].to("meta"), GROUP, RANKS, 0, EXPERTS, **changes)
+    meta = torch.ops.npu.npu_moe_distribute_dispatch_v2(
+        given["x"].to("meta"), given["expert_ids"].to("meta"), GROUP, RANKS, 0, EXPERTS, **changes
+    )
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in meta]
 
 

@@ -110,7 +110,10 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("npu::npu_grouped_matmul", {"group_list": torch.tensor([3, 0, 5, 2]), "group_list_type": 0}),
     ("npu::npu_grouped_matmul", {"group_list": torch.tensor([3, 0, 5, 20])}),
     ("npu::npu_grouped_matmul", {"weight": [bf16(4, 65, 96)]}),
-    ("npu::npu_grouped_matmul", {"x": [bf16(12, 64).to(torch.float8_e4m3fn)], "weight": [bf16(4, 64, 96).to(torch.float8_e4m3fn)]}),
+    (
+        "npu::npu_grouped_matmul",
+        {"x": [bf16(12, 64).to(torch.float8_e4m3fn)], "weight": [bf16(4, 64, 96).to(torch.float8_e4m3fn)]},
+    ),
     ("npu::npu_dequant_swiglu_quant", {"clamp_limit": float("inf")}),
     ("npu::npu_dequant_swiglu_quant", {"clamp_limit": 0.0}),
     ("npu::npu_dequant_swiglu_quant", {"weight_scale": None}),
@@ -165,7 +168,9 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("name,change", WRONG, ids=[f"{name.rpartition(':')[2]}-{'-'.join(change)}-{i}" for i, (name, change) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    "name,change", WRONG, ids=[f"{name.rpartition(':')[2]}-{'-'.join(change)}-{i}" for i, (name, change) in enumerate(WRONG)]
+)
 def test_a_call_outside_the_limits_is_refused_by_both(name, change, on_chip):
     on_chip("910_93")
     passed = arguments(name, **change)
@@ -187,7 +192,9 @@ NEWER: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("name,change", NEWER, ids=[f"{name.rpartition(':')[2]}-{'-'.join(change)}-{i}" for i, (name, change) in enumerate(NEWER)])
+@pytest.mark.parametrize(
+    "name,change", NEWER, ids=[f"{name.rpartition(':')[2]}-{'-'.join(change)}-{i}" for i, (name, change) in enumerate(NEWER)]
+)
 def test_a_call_outside_the_limits_of_950_is_refused_by_both(name, change, on_chip):
     on_chip("950")
     passed = arguments(name, **change)

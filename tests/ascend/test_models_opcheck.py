@@ -29,8 +29,14 @@ def _op(name: str) -> torch._ops.OpOverload:
 
 def _checks(passed: Arguments) -> tuple[str, ...]:
     """opcheck's own comparison of arguments before and after can not handle fp8."""
-    tensors = [t for value in passed.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, torch.Tensor)]
-    return ("test_faketensor",) if any(t.dtype.itemsize == 1 and t.is_floating_point() for t in tensors) else ("test_schema", "test_faketensor")
+    tensors = [
+        t for value in passed.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, torch.Tensor)
+    ]
+    return (
+        ("test_faketensor",)
+        if any(t.dtype.itemsize == 1 and t.is_floating_point() for t in tensors)
+        else ("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.wheel

@@ -12,7 +12,7 @@ from ops.compress import compress
 from ops.indexer import index_scores_reference
 from tests.ascend import model_cases_paged as cases
 from tests.ascend.model_cases import arguments, call
-from tests.ascend.test_models_math import near, poisoned
+from tests.ascend.model_checks import near, poisoned
 from tools.npu_standin import models
 
 MODELS = models.load()
@@ -60,7 +60,14 @@ def test_compressor_in_chunks_is_compressor_at_once(kind, prompt):
         turn = torch.zeros(rows, 64)
         made = end // ratio - before
         turn[:made] = theta[before : before + made]
-        given = {**start, "x": x[first:end], "rope_cos": turn.cos(), "rope_sin": turn.sin(), "state_cache": cache, "state_block_table": table}
+        given = {
+            **start,
+            "x": x[first:end],
+            "rope_cos": turn.cos(),
+            "rope_sin": turn.sin(),
+            "state_cache": cache,
+            "state_block_table": table,
+        }
         given |= {"cu_seqlens": cases.ints(0, n), "seqused": cases.ints(n), "start_pos": cases.ints(first)}
         return MODELS[COMPRESSOR](**given)[:made]
 
@@ -238,14 +245,18 @@ def test_quantised_indexer(k):
     metadata = MODELS["custom::npu_quant_lightning_indexer_metadata"](**about)
     found, values = call("custom::npu_quant_lightning_indexer", sparse_count=k, metadata=metadata)
     q, keys = given["query"].double() * given["query_dequant_scale"].double()[..., None], given["key"][:, :, 0].double()
-    _is_top(found[:, 0], _scores(q, given["weights"].double(), keys * given["key_dequant_scale"].double(), given["block_table"]), k)
+    _is_top(
+        found[:, 0], _scores(q, given["weights"].double(), keys * given["key_dequant_scale"].double(), given["block_table"]), k
+    )
     assert values.shape == (0,)
 
 
 def test_cann_indexer():
     given = arguments("cann_ops_transformer.lightning_indexer")
     found, _ = call("cann_ops_transformer.lightning_indexer")
-    _is_top(found[:, 0], _scores(given["q"].double(), given["w"].double(), given["k"][:, :, 0].double(), given["block_table"]), 512)
+    _is_top(
+        found[:, 0], _scores(given["q"].double(), given["w"].double(), given["k"][:, :, 0].double(), given["block_table"]), 512
+    )
 
 
 def test_indexer_ties_go_to_the_lowest_index():
@@ -264,7 +275,11 @@ def test_the_wheels_indexer_knows_no_compression():
 
 def test_indexer_weights_outside_fp16_are_refused():
     with pytest.raises(models.Refused, match="range of fp16"):
-        call("custom::npu_quant_lightning_indexer", weights=torch.full((10, 64), 60000.0).half(), query_dequant_scale=torch.full((10, 64), 2.0).half())
+        call(
+            "custom::npu_quant_lightning_indexer",
+            weights=torch.full((10, 64), 60000.0).half(),
+            query_dequant_scale=torch.full((10, 64), 2.0).half(),
+        )
 
 
 def test_scatter_skips_negative_slots_in_one_package_only():

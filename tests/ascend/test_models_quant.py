@@ -7,13 +7,18 @@ import torch
 
 from ops.quant_fp4 import fp4_codes, quant_int8
 from tests.ascend.model_cases import E8M0, FP4, arguments, call
+from tests.ascend.model_checks import near, poisoned
 from tests.ascend.model_variants import VARIANTS
-from tests.ascend.test_models_math import near, poisoned
 from tools.npu_standin import models
 from tools.npu_standin.models import blocks
 from tools.npu_standin.models.codes import storage_of, type_of
 
-DYNAMIC, BLOCKS, MX, ANTI = "npu::npu_dynamic_quant", "npu::npu_dynamic_block_quant", "npu::npu_dynamic_mx_quant", "npu::npu_anti_mx_quant"
+DYNAMIC, BLOCKS, MX, ANTI = (
+    "npu::npu_dynamic_quant",
+    "npu::npu_dynamic_block_quant",
+    "npu::npu_dynamic_mx_quant",
+    "npu::npu_anti_mx_quant",
+)
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
@@ -114,6 +119,16 @@ def test_mx_quant_gives_fp4_by_default(on_chip):
     assert models.MODELS[MX](arguments(MX)["input"])[0].dtype == torch.uint8
 
 
+def test_norm_and_mx_quant_are_the_two_ops(on_chip):
+    on_chip("950")
+    given = arguments("npu::npu_rms_norm_dynamic_mx_quant")
+    codes, scales, rstd = call("npu::npu_rms_norm_dynamic_mx_quant")
+    y = given["x"].double() * rstd.double() * given["gamma"].double()
+    step = torch.exp2(scales.double().flatten(1) - 127).repeat_interleave(32, 1)
+    assert bool(((codes.double() * step - y).abs() <= y.abs() / 15 + step * 2**-9).all())
+    near(rstd[:, 0], given["x"].double().square().mean(1).add(1e-6).rsqrt(), 4)
+
+
 def test_anti_mx_reads_bytes_as_e4m3_by_default(on_chip):
     on_chip("950")
     packed, scales = call(MX, dst_type=FP4)
@@ -160,16 +175,16 @@ def test_quant_matmul_fp8_blocks(on_chip):
 ROWS = {0: (0, 3), 2: (3, 8), 3: (8, 10)}
 
 
-@pytest.mark.parametrize("kind", ["mxfp8", "w4a8", "w4a4"])
+@pytest.mark.parametrize("kind", ["mxfp8", "w4a8", "w4a4", "w4a4 as stored"])
 def test_grouped_product_mx(kind, on_chip):
     on_chip("950")
     name, given = _changes(f"npu_grouped_matmul-{kind}")
-    left = _mx(given["x"][0], given["per_token_scale"][0], kind == "w4a4")
+    left = _mx(given["x"][0], given["per_token_scale"][0], kind.startswith("w4a4"))
     (found,) = call(name, **given)
     for e, (first, end) in ROWS.items():
         weight = given["weight"][0][e]
-        if kind == "w4a8":  # [K/2, N] seen from [N, K/2], scales [K/64, N, 2]
-            right = _mx(weight.T, given["antiquant_scale"][0][e].transpose(0, 1), True)
+        if kind in ("w4a8", "w4a4 as stored"):  # [K/2, N] seen from [N, K/2], scales [K/64, N, 2]
+            right = _mx(weight.T, given["antiquant_scale" if kind == "w4a8" else "scale"][0][e].transpose(0, 1), True)
         elif kind == "w4a4":  # [K, N/2]: neighbours of N share a byte
             codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1)
             right = _mx(codes.T[:, ::2] | (codes.T[:, 1::2] << 4), given["scale"][0][e].transpose(0, 1), True)
@@ -177,6 +192,15 @@ def test_grouped_product_mx(kind, on_chip):
             right = _mx(weight.T, given["scale"][0][e].transpose(0, 1))
         near(found[first:end], left[first:end] @ right.T, 3)
     assert poisoned(found[10:])
+
+
+def test_scales_of_a_weight_come_in_pairs(on_chip):
+    """[E, K/32, N], the hub's scales transposed, is not the layout: [E, K/64, N, 2] is."""
+    on_chip("950")
+    name, given = _changes("npu_grouped_matmul-w4a8")
+    flat = given["antiquant_scale"][0].transpose(2, 3).flatten(1, 2)
+    with pytest.raises(models.Refused, match="scale of an expert"):
+        call(name, **{**given, "antiquant_scale": [flat]})
 
 
 def test_fp4_without_x_dtype_is_refused(on_chip):

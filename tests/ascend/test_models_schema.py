@@ -23,7 +23,10 @@ def _of_model(fn: Any) -> list[tuple[str, bool, Any]]:
 
 
 def _of_schema(schema: torch.FunctionSchema) -> list[tuple[str, bool, Any]]:
-    return [(a.name, a.kwarg_only, _plain(a.default_value if a.has_default_value() else inspect.Parameter.empty)) for a in schema.arguments]
+    return [
+        (a.name, a.kwarg_only, _plain(a.default_value if a.has_default_value() else inspect.Parameter.empty))
+        for a in schema.arguments
+    ]
 
 
 def _plain(value: Any) -> Any:

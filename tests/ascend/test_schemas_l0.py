@@ -29,7 +29,9 @@ def _ops_of(node: ast.expr) -> list[str]:
     if isinstance(node, ast.Name) and node.id == "torch" and parts[:1] == ["ops"] and len(parts) >= 3 and parts[1] in NAMESPACES:
         return [f"{parts[1]}::{'.'.join(parts[2:])}".removesuffix(".default")]
     if isinstance(node, ast.Call) and len(parts) == 1 and ast.unparse(node).startswith("getattr(torch.ops, "):
-        return [f"{space}::{parts[0]}" for space in sorted(NAMESPACES) if f"{space}::{parts[0]}" in limits()] or [f"?::{parts[0]}"]
+        return [f"{space}::{parts[0]}" for space in sorted(NAMESPACES) if f"{space}::{parts[0]}" in limits()] or [
+            f"?::{parts[0]}"
+        ]
     return []
 
 
@@ -47,7 +49,13 @@ def _keys_of(name: str, function: ast.FunctionDef | None) -> set[str] | None:
     keys: set[str] = set()
     known = False
     for node in ast.walk(function) if function else ():
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else None
+        target = (
+            node.targets[0]
+            if isinstance(node, ast.Assign)
+            else node.target
+            if isinstance(node, (ast.AnnAssign, ast.AugAssign))
+            else None
+        )
         if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and target.value.id == name:
             if isinstance(target.slice, ast.Constant):
                 keys.add(str(target.slice.value))
@@ -94,10 +102,14 @@ def problems(op: str, call: ast.Call, function: ast.FunctionDef | None) -> list[
     return found
 
 
-CALLS = [(path, *found) for path in sorted(ROOT.rglob("*.py")) for found in vendor_calls(ast.parse(path.read_text(encoding="utf-8")))]
+CALLS = [
+    (path, *found) for path in sorted(ROOT.rglob("*.py")) for found in vendor_calls(ast.parse(path.read_text(encoding="utf-8")))
+]
 
 
-@pytest.mark.parametrize("path,op,call,function", CALLS, ids=[f"{path.stem}-{op.partition('::')[2]}-{call.lineno}" for path, op, call, _ in CALLS])
+@pytest.mark.parametrize(
+    "path,op,call,function", CALLS, ids=[f"{path.stem}-{op.partition('::')[2]}-{call.lineno}" for path, op, call, _ in CALLS]
+)
 def test_a_call_fits_its_schema(path, op, call, function):
     assert not problems(op, call, function), f"{path.name}, line {call.lineno}"
 
@@ -117,7 +129,10 @@ def test_calls_were_found():
         ("torch.ops.npu.npu_rms_norm.default(input=x, gamma=w)", "epsilon left to the vendor's default"),
         ("torch.ops._C_ascend.npu_hc_pre_v2(x)", "has no entry in contracts.yaml"),
         ("getattr(torch.ops, w).npu_absent(x=x)", "npu_absent is in no vendored schema"),
-        ("getattr(torch.ops, w).inplace_partial_rotary_mul(x=x, r1=w, r2=e, rotary_mode='interleave', slice=[0, 2])", "has no argument slice"),
+        (
+            "getattr(torch.ops, w).inplace_partial_rotary_mul(x=x, r1=w, r2=e, rotary_mode='interleave', slice=[0, 2])",
+            "has no argument slice",
+        ),
         ("about = {'input': x, 'gama': w, 'epsilon': e}\n    torch.ops.npu.npu_rms_norm(**about)", "has no argument gama"),
     ],
 )
@@ -129,6 +144,8 @@ def test_a_wrong_call_is_found(source, message):
 
 
 def test_a_right_call_passes():
-    tree = ast.parse("def f(x, w, e):\n    about = {'gamma': w}\n    about['epsilon'] = e\n    torch.ops.npu.npu_rms_norm(input=x, **about)\n")
+    tree = ast.parse(
+        "def f(x, w, e):\n    about = {'gamma': w}\n    about['epsilon'] = e\n    torch.ops.npu.npu_rms_norm(input=x, **about)\n"
+    )
     ((op, call, function),) = vendor_calls(tree)
     assert problems(op, call, function) == []

@@ -187,6 +187,21 @@ def test_a_package_that_is_missing_is_named_in_the_table(nano: Path) -> None:
     assert "custom" in line and "install the custom_ops package" in line
 
 
+@pytest.mark.parametrize("chip", ["a2", "a3"])
+@pytest.mark.parametrize("numerics", ["stored", "reference"])
+def test_a_checkpoint_of_a_mode_that_the_chip_lacks(numerics: str, chip: str, nano: Path) -> None:
+    program = ("-m", "tools.npu_standin", "--soc", chip, "--")
+    done = run("generate", "--model", str(nano), "--backend", "ascend", "--numerics", numerics, "--ids", "0,5", program=program)
+    refused(done, "FP4 and FP8", f"--target ascend-{chip}-w8a8", "--numerics exact")
+
+
+def test_an_int8_checkpoint_has_no_official_round_trips(nano: Path, tmp_path: Path) -> None:
+    done = run("checkpoint", "convert", str(nano), "--target", "ascend-a3-w8a8", "--out", str(tmp_path / "int8"))
+    assert done.returncode == 0, done.stderr
+    arguments = ("generate", "--model", str(tmp_path / "int8"), "--backend", "ascend", "--numerics", "reference", "--ids", "0,5")
+    refused(run(*arguments, program=("-m", "tools.npu_standin", "--soc", "a3", "--")), "is INT8", "numerics='stored'")
+
+
 def test_an_unknown_chip_on_the_command_line() -> None:
     done = run("--soc", "a7", "--", "doctor", program=("-m", "tools.npu_standin"))
     assert done.returncode == COULD_NOT_RUN and "invalid choice: 'a7'" in done.stderr

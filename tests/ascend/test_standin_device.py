@@ -67,6 +67,7 @@ WAITS: dict[str, Callable[[torch.Tensor], object]] = {
     "copy to host": lambda t: t.cpu(),
     "copy to device": lambda t: t + torch.ones(4, 4).npu(),
     "aten::nonzero": lambda t: t.nonzero(),
+    "aten::repeat_interleave": lambda t: t.repeat_interleave(torch.arange(4).npu(), 0),
     "aten::index": lambda t: t[t > 0],
     "aten::index with host indices": lambda t: t[torch.tensor([1])],
     "stream synchronised": lambda t: t[0, 0].item(),
@@ -78,7 +79,7 @@ WAITS: dict[str, Callable[[torch.Tensor], object]] = {
 def test_what_makes_the_host_wait_is_counted(reason: str, standin: StandIn) -> None:
     x = torch.ones(4, 4).npu()
     with recording() as quiet:
-        (x + 1).sum(-1).view(2, 2).t().contiguous()
+        (x + 1).sum(-1).view(2, 2).t().contiguous().repeat_interleave(2, -1)
     assert not quiet.waits and quiet.launches("aten").total() >= 3
     with recording() as record:
         WAITS[reason](x)

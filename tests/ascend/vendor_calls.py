@@ -157,6 +157,18 @@ def routing(d: _Draw) -> list[VendorCall]:
     ]  # fmt: skip
 
 
+def indexing(d: _Draw) -> list[VendorCall]:
+    pages = {"block_table": torch.tensor([[1, 2], [4, 3]], dtype=I32), "layout_query": "TND", "layout_key": "PA_BSND"}
+    lengths = {"actual_seq_lengths_query": torch.tensor([1, 3], dtype=I32), "actual_seq_lengths_key": torch.tensor([20, 31], dtype=I32)}
+    scored = (d.normal(3, 64, 128), d.normal(5, 16, 1, 128), d.normal(3, 64))
+    return [
+        VendorCall("scores", "npu::npu_lightning_indexer", scored, {"sparse_count": 8, "sparse_mode": 0, **pages, **lengths},
+                   aclnn="aclnnLightningIndexer"),
+        VendorCall("by-rank", "npu::npu_moe_re_routing", (d.normal(8, H), torch.tensor([[1, 0, 2], [3, 1, 1]])),
+                   {"per_token_scales": d.normal(8, dtype=F32), "expert_token_num_type": 1, "idx_type": 0}, aclnn="aclnnMoeReRouting"),
+    ]  # fmt: skip
+
+
 def activations(d: _Draw) -> list[VendorCall]:
     x, op = d.normal(T, 2 * H, scale=3.0), "npu::npu_dequant_swiglu_quant"
     sums = d.ints(T, 2 * H, low=-9999, high=9999, dtype=I32)
@@ -174,7 +186,7 @@ def activations(d: _Draw) -> list[VendorCall]:
     ]  # fmt: skip
 
 
-FAMILIES: tuple[Callable[[_Draw], list[VendorCall]], ...] = (norms, quants, products, grouped, routing, activations)
+FAMILIES: tuple[Callable[[_Draw], list[VendorCall]], ...] = (norms, quants, products, grouped, routing, indexing, activations)
 
 
 def all_calls(seed: int = 0) -> list[VendorCall]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ops import compress as compress_op
-from ops import indexer, paged
+from ops import indexer, paged, quant
 from ops.contract import CONTRACTS, Sample
 
 Lengths = list[tuple[int, int]]
@@ -108,4 +108,18 @@ def wide(op: str, dtype: torch.dtype = torch.bfloat16) -> list[Sample]:
         return [*index_samples(dtype, 512), *index_samples(dtype, 1024)]
     if op == "grouped_linear":
         return [grouped_linear_sample(dtype, 8), grouped_linear_sample(dtype, 16)]
-    return [s for s in CONTRACTS[op].samples(dtype, 0) if {"flash", "pro"} & set(s.tags)]
+    samples = [s for s in CONTRACTS[op].samples(dtype, 0) if {"flash", "pro"} & set(s.tags)]
+    return [*samples, pro_queries(op, dtype)] if op in ("linear_int8", "linear_fp8") else samples
+
+
+def pro_queries(op: str, dtype: torch.dtype) -> Sample:
+    """Pro's query projection has 65536 outputs, one more than a quantised product may have (of few inputs here)."""
+    g = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 128, generator=g).to(dtype)
+    if op == "linear_int8":
+        codes, x_scale = quant.quant_int8.reference(x)
+        weight = quant.quant_int8.reference(torch.randn(65536, 128, generator=g))
+    else:
+        codes, x_scale = quant.quant_fp8.reference(x)
+        weight = quant.block_weight(65536, 128, g)
+    return Sample("pro-queries", (codes, *weight), {"x_scale": x_scale, "out_dtype": dtype}, ("pro",))

@@ -32,6 +32,8 @@ DATA_DEPENDENT = frozenset(
     nonzero nonzero_static masked_select _unique2 unique_dim unique_consecutive unique_dim_consecutive bincount equal repeat_interleave is_nonzero
     """.split()  # noqa: SIM905
 )
+# repeat_interleave by one number
+KNOWN_LENGTH = frozenset(("self_int",))
 COPIES = frozenset(("copy_", "_to_copy"))
 # torch_npu moves host indices to the device by itself
 INDEXED = frozenset(("index", "index_put_", "_index_put_impl_", "index_put"))
@@ -124,7 +126,9 @@ def _routed(op: Any) -> Callable[..., Any]:
             _copy_wait(name, args, kwargs)
         else:
             _strangers(name, tensors)
-        if name in DATA_DEPENDENT or (name in INDEXED and any(t.dtype == torch.bool for t in tensors[1:])):
+        if (name in DATA_DEPENDENT and op._overloadname not in KNOWN_LENGTH) or (
+            name in INDEXED and any(t.dtype == torch.bool for t in tensors[1:])
+        ):
             calls.note_wait(f"aten::{name}")
         calls.note("aten", f"aten::{name}")
         here, named = mapped(over, args), mapped(over, kwargs)

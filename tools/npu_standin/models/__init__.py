@@ -100,7 +100,9 @@ def require_dtype(op: str, name: str, tensor: Tensor, *dtypes: torch.dtype) -> N
 
 def require_shape(op: str, name: str, tensor: Tensor, *shape: int | None) -> None:
     """Raise Refused unless `tensor` has the shape; None matches any size."""
-    fits = tensor.dim() == len(shape) and all(want is None or want == size for want, size in zip(shape, tensor.shape, strict=True))
+    fits = tensor.dim() == len(shape) and all(
+        want is None or want == size for want, size in zip(shape, tensor.shape, strict=True)
+    )
     wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
     require(fits, op, f"{name} {list(tensor.shape)}", f"{name} {wanted}")
 

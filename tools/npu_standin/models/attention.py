@@ -77,9 +77,15 @@ def check_common(op: str, q: Tensor, optional: Mapping[str, Any], layouts: tuple
         require(value is None, op, f"{name} given", f"{name} None (not modelled)")
 
 
-def check_tensors(op: str, q: Tensor, cu_seqlens_q: Tensor | None, lengths: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def check_tensors(
+    op: str, q: Tensor, cu_seqlens_q: Tensor | None, lengths: Tensor | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """cu_seqlens_q int32 [B+1], lengths int32 [B] and sinks fp32 [N1], all of them given."""
-    cu, used, sink = needed(op, "cu_seqlens_q", cu_seqlens_q), needed(op, "lengths of the keys", lengths), needed(op, "sinks", sinks)
+    cu, used, sink = (
+        needed(op, "cu_seqlens_q", cu_seqlens_q),
+        needed(op, "lengths of the keys", lengths),
+        needed(op, "sinks", sinks),
+    )
     require_dtype(op, "cu_seqlens_q", cu, torch.int32)
     require_dtype(op, "lengths of the keys", used, torch.int32)
     require_shape(op, "lengths of the keys", used, cu.numel() - 1)
@@ -128,7 +134,12 @@ def _sharedkv(
     check_masks(op, {"ori_mask_mode": masks[0], "cmp_mask_mode": masks[1]}, {"ori_mask_mode": BAND, "cmp_mask_mode": CAUSAL})
     require(masks[2] >= 0 and masks[3] == 0, op, f"window {masks[2:]}", "ori_win_left >= 0 (127 is 128 tokens), ori_win_right 0")
     if cmp_kv is None:
-        require(cmp_sparse_indices is None and ratio == 1, op, f"cmp_ratio {ratio} without cmp_kv", "cmp_ratio 1 and no indices (window only)")
+        require(
+            cmp_sparse_indices is None and ratio == 1,
+            op,
+            f"cmp_ratio {ratio} without cmp_kv",
+            "cmp_ratio 1 and no indices (window only)",
+        )
     else:
         require(ratio in (4, 128), op, f"cmp_ratio {ratio}", "4 or 128")
         check_cache(op, "cmp_kv", cmp_kv, head_dim, *cache_types)
@@ -138,7 +149,21 @@ def _sharedkv(
     has = (True, cmp_kv is not None)
     compare(op, metadata, _facts((q.shape[1], 1, head_dim), cu, used, (0, topk), ratio, masks, layouts, has, extra))
     call = Call(
-        op, q, window, table, cmp_kv, cmp_block_table, cmp_sparse_indices, cu, used.tolist(), sink, scale, ratio, masks[2], masks[3], decode
+        op,
+        q,
+        window,
+        table,
+        cmp_kv,
+        cmp_block_table,
+        cmp_sparse_indices,
+        cu,
+        used.tolist(),
+        sink,
+        scale,
+        ratio,
+        masks[2],
+        masks[3],
+        decode,
     )
     return call(), torch.empty(0, dtype=torch.float32)
 
@@ -219,5 +244,7 @@ def npu_sparse_attn_sharedkv_metadata(
     masks = (ori_mask_mode, cmp_mask_mode, ori_win_left, ori_win_right)
     topk, has = (ori_topk, cmp_topk), (has_ori_kv, has_cmp_kv)
     return written(
-        _facts((num_heads_q, num_heads_kv, head_dim), cu_seqlens_q, seqused_kv, topk, cmp_ratio, masks, (layout_q, layout_kv), has)
+        _facts(
+            (num_heads_q, num_heads_kv, head_dim), cu_seqlens_q, seqused_kv, topk, cmp_ratio, masks, (layout_q, layout_kv), has
+        )
     )

@@ -155,7 +155,11 @@ def indexer_compress_epilog(
     require_shape(op, "slot_mapping", slot_mapping, x.shape[0])
     wide = x.float()
     amax = wide.abs().amax(-1)
-    factor = torch.exp2(scale_exponents(amax, torch.float8_e4m3fn, round_up=True).float()) if round_scale or quant_mode == 0 else amax / 448
+    factor = (
+        torch.exp2(scale_exponents(amax, torch.float8_e4m3fn, round_up=True).float())
+        if round_scale or quant_mode == 0
+        else amax / 448
+    )
     codes = cast(torch.where(factor[:, None] > 0, wide / factor[:, None], torch.zeros_like(wide)), torch.float8_e4m3fn)
     keep = slot_mapping >= 0
     where = slot_mapping[keep].long()

@@ -14,6 +14,8 @@ from tools.npu_standin.models.codes import FP4_E2M1
 
 MX_BLOCK = 32
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_SIGNED = torch.cat((E2M1, -E2M1))
+_POWERS = torch.tensor([*(2.0 ** (b - 127) for b in range(255)), float("nan")])
 _LARGEST_EXPONENT: dict[torch.dtype | str, int] = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15, FP4_E2M1: 2}
 LARGEST: dict[torch.dtype | str, float] = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, FP4_E2M1: 6.0}
 
@@ -30,8 +32,7 @@ def to_e2m1(values: Tensor) -> Tensor:
 
 def from_e2m1(codes: Tensor) -> Tensor:
     """fp32 values of 4-bit codes."""
-    size = E2M1[(codes & 7).long()]
-    return torch.where(codes >= 8, -size, size)
+    return _SIGNED[codes.long()]
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -47,9 +48,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 def powers(bytes_: Tensor) -> Tensor:
     """fp32 2^(byte - 127) of e8m0 bytes, in whichever type they travel; 255 is NaN."""
-    raw = bytes_.view(torch.uint8) if bytes_.dtype != torch.uint8 else bytes_
-    value = torch.exp2(raw.double() - 127).float()
-    return torch.where(raw == 255, torch.full_like(value, float("nan")), value)
+    return _POWERS[bytes_.contiguous().view(torch.uint8).long()]
 
 
 def cast(values: Tensor, kind: torch.dtype | str) -> Tensor:
@@ -90,5 +89,10 @@ def mx_values(codes: Tensor, scales: Tensor, kind: torch.dtype | str) -> Tensor:
     width = wide.shape[-1]
     pairs = -(-width // (2 * MX_BLOCK))
     documented = (*wide.shape[:-1], pairs, 2)
-    require(tuple(scales.shape) == documented, "MX scales", list(scales.shape), f"{list(documented)} for values {list(wide.shape)}")
-    return wide * powers(scales).flatten(-2).repeat_interleave(MX_BLOCK, -1)[..., :width]
+    require(
+        tuple(scales.shape) == documented, "MX scales", list(scales.shape), f"{list(documented)} for values {list(wide.shape)}"
+    )
+    per_block = powers(scales).flatten(-2)
+    if width % MX_BLOCK == 0:
+        return (wide.unflatten(-1, (-1, MX_BLOCK)) * per_block[..., : width // MX_BLOCK, None]).flatten(-2)
+    return wide * per_block.repeat_interleave(MX_BLOCK, -1)[..., :width]

@@ -88,7 +88,12 @@ def lightning_indexer(
     original length mod cmp_ratio, needed with cmp_ratio > 1 and mask_mode 3. A2 and A3: 64 heads, topk up to 2048.
     """
     op, older = "cann_ops_transformer.lightning_indexer", soc() in OLDER
-    require((layout_q, layout_k) == ("TND", "PA_BBND"), op, f"layouts {(layout_q, layout_k)}", "('TND', 'PA_BBND') (others are not modelled)")
+    require(
+        (layout_q, layout_k) == ("TND", "PA_BBND"),
+        op,
+        f"layouts {(layout_q, layout_k)}",
+        "('TND', 'PA_BBND') (others are not modelled)",
+    )
     require_shape(op, "q", q, None, None, WIDTH)
     require_dtype(op, "q", q, torch.bfloat16, torch.float16)
     require(q.shape[0] > 0, op, "T = 0", "at least one token")

@@ -24,7 +24,12 @@ class _State:
         if self.table is None:
             return 0
         column = position // self.rows
-        require(column < self.table.shape[1], OP, f"position {position}", f"inside the {self.table.shape[1]} blocks of state_block_table")
+        require(
+            column < self.table.shape[1],
+            OP,
+            f"position {position}",
+            f"inside the {self.table.shape[1]} blocks of state_block_table",
+        )
         found = int(self.table[b, column])
         require(0 <= found < self.cache.shape[0], OP, f"block {found}", f"0 <= block < {self.cache.shape[0]}")
         return found
@@ -32,7 +37,12 @@ class _State:
     def read(self, b: int, position: int) -> Tensor:
         """Row of an earlier token; it must have been kept."""
         block = self.block(b, position)
-        require(block != 0, OP, f"position {position} of request {b} in block 0", "a kept block: block 0 is reserved and its content undefined")
+        require(
+            block != 0,
+            OP,
+            f"position {position} of request {b} in block 0",
+            "a kept block: block 0 is reserved and its content undefined",
+        )
         return self.cache[block, position % self.rows]
 
     def write(self, b: int, position: int, row: Tensor) -> None:
@@ -62,7 +72,15 @@ def _starts(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None, start_
 
 
 def _check(
-    x: Tensor, wkv: Tensor, wgate: Tensor, state_cache: Tensor, ape: Tensor, norm_weight: Tensor, coff: int, cmp_ratio: int, seqused: Tensor | None
+    x: Tensor,
+    wkv: Tensor,
+    wgate: Tensor,
+    state_cache: Tensor,
+    ape: Tensor,
+    norm_weight: Tensor,
+    coff: int,
+    cmp_ratio: int,
+    seqused: Tensor | None,
 ) -> None:
     require(x.dim() == 2, OP, f"x {list(x.shape)}", "[T, H] ([B, S, H] is documented too and not modelled)")
     require_dtype(OP, "x", x, torch.bfloat16, torch.float16)
@@ -141,20 +159,28 @@ def compressor(
         require_dtype(OP, "state_block_table", state_block_table, torch.int32)
         require_shape(OP, "state_block_table", state_block_table, batch, None)
     else:
-        require(all(begin == 0 for _, _, begin in requests), OP, "start_pos without state_block_table", "a table: None starts from zero and keeps nothing")
+        require(
+            all(begin == 0 for _, _, begin in requests),
+            OP,
+            "start_pos without state_block_table",
+            "a table: None starts from zero and keeps nothing",
+        )
     kv, score = x.float() @ wkv.float().T, x.float() @ wgate.float().T
     state, entries = _State(state_cache, state_block_table), []
     for b, (first, used, begin) in enumerate(requests):
         keep = {begin + i: torch.cat((kv[first + i], score[first + i] + ape[(begin + i) % cmp_ratio])) for i in range(used)}
         entries += [
-            _pooled(keep, state, b, entry, cmp_ratio, width, coff == 2) for entry in range(begin // cmp_ratio, (begin + used) // cmp_ratio)
+            _pooled(keep, state, b, entry, cmp_ratio, width, coff == 2)
+            for entry in range(begin // cmp_ratio, (begin + used) // cmp_ratio)
         ]
         for position, row in keep.items():
             state.write(b, position, row)
     return _finished(entries, rope_sin, rope_cos, norm_weight, norm_eps, x.dtype)
 
 
-def _finished(entries: list[Tensor], sin: Tensor, cos: Tensor, norm_weight: Tensor, norm_eps: float, dtype: torch.dtype) -> Tensor:
+def _finished(
+    entries: list[Tensor], sin: Tensor, cos: Tensor, norm_weight: Tensor, norm_eps: float, dtype: torch.dtype
+) -> Tensor:
     width = norm_weight.shape[0]
     result = undefined((sin.shape[0], width), dtype)
     if entries:

@@ -44,7 +44,9 @@ class _Group:
             found = list(self.slots)
             self.barrier.wait()
         except threading.BrokenBarrierError:
-            require(False, op, f"not all of {self.size} ranks called within {PATIENCE:.0f} s", "one call per rank, in the same order")
+            require(
+                False, op, f"not all of {self.size} ranks called within {PATIENCE:.0f} s", "one call per rank, in the same order"
+            )
         return found
 
 
@@ -53,7 +55,17 @@ def _group(name: str, size: int) -> _Group:
         return _groups.setdefault((name, size), _Group(size))
 
 
-def _check(op: str, expert_ids: Tensor, tokens: int, group: str, size: int, rank: int, experts: int, comm_alg: str, unused: dict[str, object]) -> None:
+def _check(
+    op: str,
+    expert_ids: Tensor,
+    tokens: int,
+    group: str,
+    size: int,
+    rank: int,
+    experts: int,
+    comm_alg: str,
+    unused: dict[str, object],
+) -> None:
     require(bool(group), op, "an empty group_ep", "the name of the HCCL communicator")
     legal = size in _A2_SIZES if soc() == "910b" else 2 <= size <= 768
     require(legal, op, f"ep_world_size {size} on {soc()}", f"{_A2_SIZES} on A2, 2..768 on A3")
@@ -67,7 +79,12 @@ def _check(op: str, expert_ids: Tensor, tokens: int, group: str, size: int, rank
     require(1 <= expert_ids.shape[1] <= 16, op, f"K = {expert_ids.shape[1]}", "1..16")
     require(bool(((expert_ids >= 0) & (expert_ids < experts)).all()), op, "an expert id out of range", f"0 <= id < {experts}")
     ordered = expert_ids.sort(1).values
-    require(not bool((ordered[:, 1:] == ordered[:, :-1]).any()), op, "an expert twice in a row of expert_ids", "distinct experts per token")
+    require(
+        not bool((ordered[:, 1:] == ordered[:, :-1]).any()),
+        op,
+        "an expert twice in a row of expert_ids",
+        "distinct experts per token",
+    )
     for name, value in unused.items():
         require(not value, op, f"{name} {value}", f"{name} left out (not modelled)")
 
@@ -127,16 +144,32 @@ def npu_moe_distribute_dispatch_v2(
     require_shape(DISPATCH, "x", x, None, None)
     tokens, width = x.shape
     _check(DISPATCH, expert_ids, tokens, group_ep, ep_world_size, ep_rank_id, moe_expert_num, comm_alg, unused)
-    require(soc() != "910b" or (width <= 7168 and width % 32 == 0), DISPATCH, f"H = {width} on A2", "up to 7168, a multiple of 32")
+    require(
+        soc() != "910b" or (width <= 7168 and width % 32 == 0), DISPATCH, f"H = {width} on A2", "up to 7168, a multiple of 32"
+    )
     require(quant_mode in (0, 2), DISPATCH, f"quant_mode {quant_mode}", "0 or 2 (int8 per token)")
-    require(expert_token_nums_type in (0, 1), DISPATCH, f"expert_token_nums_type {expert_token_nums_type}", "0 cumulative or 1 counts")
+    require(
+        expert_token_nums_type in (0, 1), DISPATCH, f"expert_token_nums_type {expert_token_nums_type}", "0 cumulative or 1 counts"
+    )
     require(expert_scales is None or soc() == "910b", DISPATCH, "expert_scales", "only on A2")
     active, per_rank, k = _active(DISPATCH, x_active_mask, tokens), moe_expert_num // ep_world_size, expert_ids.shape[1]
     sent = (x[:active], expert_ids[:active].long(), None if expert_scales is None else expert_scales[:active], tokens)
-    everyone: list[tuple[Tensor, Tensor, Tensor | None, int]] = _group(group_ep, ep_world_size).exchange(DISPATCH, ep_rank_id, sent)  # type: ignore[assignment]
+    everyone: list[tuple[Tensor, Tensor, Tensor | None, int]] = _group(group_ep, ep_world_size).exchange(
+        DISPATCH, ep_rank_id, sent
+    )  # type: ignore[assignment]
     largest = max(bs for *_, bs in everyone)
-    require(global_bs in (0, largest * ep_world_size), DISPATCH, f"global_bs {global_bs}", f"0 or ranks times the largest BS, {largest * ep_world_size}")
-    require(global_bs > 0 or all(bs == tokens for *_, bs in everyone), DISPATCH, "ranks with different BS", "global_bs when BS differs")
+    require(
+        global_bs in (0, largest * ep_world_size),
+        DISPATCH,
+        f"global_bs {global_bs}",
+        f"0 or ranks times the largest BS, {largest * ep_world_size}",
+    )
+    require(
+        global_bs > 0 or all(bs == tokens for *_, bs in everyone),
+        DISPATCH,
+        "ranks with different BS",
+        "global_bs when BS differs",
+    )
     capacity = ep_world_size * largest * min(per_rank, k)
     first = ep_rank_id * per_rank
     found = [
@@ -165,7 +198,15 @@ def npu_moe_distribute_dispatch_v2(
         for i, (source, t, j, _) in enumerate(found):
             weights[i] = needed(DISPATCH, "expert_scales of every rank", everyone[source][2])[t, j]
     tokens_per_expert = counts if expert_token_nums_type == 1 else counts.cumsum(0)
-    return expand_x, dynamic, assist.flatten(), tokens_per_expert, received.flatten().cumsum(0).to(torch.int32), torch.empty(0, dtype=torch.int32), weights
+    return (
+        expand_x,
+        dynamic,
+        assist.flatten(),
+        tokens_per_expert,
+        received.flatten().cumsum(0).to(torch.int32),
+        torch.empty(0, dtype=torch.int32),
+        weights,
+    )
 
 
 @model("npu::npu_moe_distribute_combine_v2")
@@ -227,7 +268,12 @@ def npu_moe_distribute_combine_v2(
                 total[t] += expert_scales[t, j] * row.float()
                 returned[t] += 1
     active = _active(COMBINE, x_active_mask, tokens)
-    require(bool((returned[:active] == k).all()), COMBINE, f"{returned.tolist()} rows per token", f"{k}: dispatch's outputs passed on unchanged")
+    require(
+        bool((returned[:active] == k).all()),
+        COMBINE,
+        f"{returned.tolist()} rows per token",
+        f"{k}: dispatch's outputs passed on unchanged",
+    )
     if shared_expert_x is not None:
         require_dtype(COMBINE, "shared_expert_x", shared_expert_x, expand_x.dtype)
         require_shape(COMBINE, "shared_expert_x", shared_expert_x, *total.shape)

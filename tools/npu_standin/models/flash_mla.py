@@ -35,7 +35,12 @@ def _check_compressed(lengths: Tensor, ratio: int, seqused_cmp_kv: Tensor | None
     ):
         require_dtype(OP, name, found, torch.int32)
         require_shape(OP, name, found, lengths.numel())
-        require(torch.equal(found, expected.to(torch.int32)), OP, f"{name} {found.tolist()} for lengths {lengths.tolist()}", f"{expected.tolist()}")
+        require(
+            torch.equal(found, expected.to(torch.int32)),
+            OP,
+            f"{name} {found.tolist()} for lengths {lengths.tolist()}",
+            f"{expected.tolist()}",
+        )
 
 
 @model("cann_ops_transformer::sparse_flash_mla")
@@ -82,7 +87,9 @@ def sparse_flash_mla(
     check_common(OP, q, optional, layouts, "PA_BBND", return_softmax_lse)
     heads = q.shape[1]
     least = 2 if soc() == "950" else 1
-    require(least <= heads <= 128 and heads & (heads - 1) == 0, OP, f"{heads} heads on {soc()}", f"a power of two in {least}..128")
+    require(
+        least <= heads <= 128 and heads & (heads - 1) == 0, OP, f"{heads} heads on {soc()}", f"a power of two in {least}..128"
+    )
     require(topk_value_mode == 1, OP, f"topk_value_mode {topk_value_mode}", "1")
     window, (cu, used, sink) = needed(OP, "ori_kv", ori_kv), check_tensors(OP, q, cu_seqlens_q, seqused_ori_kv, sinks)
     check_cache(OP, "ori_kv", window, WIDTH, q.dtype)
@@ -92,7 +99,12 @@ def sparse_flash_mla(
     check_masks(OP, given, {"ori_mask_mode": BAND, "cmp_mask_mode": CAUSAL if compressed else 0, "ori_win_right": 0})
     require(ori_win_left >= 0, OP, f"ori_win_left {ori_win_left}", "at least 0 (127 is 128 tokens)")
     if cmp_kv is None:
-        require(cmp_sparse_indices is None and cmp_ratio == 1, OP, f"cmp_ratio {cmp_ratio} without cmp_kv", "cmp_ratio 1 and no indices")
+        require(
+            cmp_sparse_indices is None and cmp_ratio == 1,
+            OP,
+            f"cmp_ratio {cmp_ratio} without cmp_kv",
+            "cmp_ratio 1 and no indices",
+        )
     else:
         require(cmp_ratio in (4, 128), OP, f"cmp_ratio {cmp_ratio}", "4 or 128")
         check_cache(OP, "cmp_kv", cmp_kv, WIDTH, q.dtype)
@@ -145,4 +157,6 @@ def sparse_flash_mla_metadata(
     tensors = (cu_seqlens_q, seqused_ori_kv, seqused_cmp_kv, cmp_residual_kv)
     masks = (ori_mask_mode, cmp_mask_mode, ori_win_left, ori_win_right)
     heads = (num_heads_q, num_heads_kv, head_dim)
-    return written(_facts(heads, tensors, (ori_topk, cmp_topk), cmp_ratio, masks, (layout_q, layout_kv), (has_ori_kv, has_cmp_kv)))
+    return written(
+        _facts(heads, tensors, (ori_topk, cmp_topk), cmp_ratio, masks, (layout_q, layout_kv), (has_ori_kv, has_cmp_kv))
+    )

@@ -25,9 +25,16 @@ def _gating(
     tokens, experts = x.shape
     require(experts <= 2048, op, f"E = {experts}", "E at most 2048")
     require(1 <= k <= min(64, experts), op, f"k = {k} of {experts}", "1 <= k <= 64 and k <= E")
-    require(norm_type in (SOFTMAX, SIGMOID, SQRT_SOFTPLUS), op, f"norm_type {norm_type}", "0 softmax, 1 sigmoid, 2 sqrt(softplus)")
+    require(
+        norm_type in (SOFTMAX, SIGMOID, SQRT_SOFTPLUS), op, f"norm_type {norm_type}", "0 softmax, 1 sigmoid, 2 sqrt(softplus)"
+    )
     require(renorm == 0, op, f"renorm {renorm}", "renorm 0")
-    require(group == (1, 1, 0), op, f"k_group, group_count, group_select_mode {group}", "1, 1, 0 (V4 has no groups; others are not modelled)")
+    require(
+        group == (1, 1, 0),
+        op,
+        f"k_group, group_count, group_select_mode {group}",
+        "1, 1, 0 (V4 has no groups; others are not modelled)",
+    )
     if bias is not None:
         require_shape(op, "bias", bias, experts)
         require_dtype(op, "bias", bias, x.dtype)
@@ -84,7 +91,9 @@ def npu_moe_gating_top_k(
     norm_type 2 is sqrt(softplus), whatever its name; weights are divided by (sum + eps) for 1 and 2, not for softmax.
     """
     group = (k_group, group_count, group_select_mode)
-    return _gating("npu_moe_gating_top_k", x, k, bias, input_ids, tid2eid, group, renorm, norm_type, out_flag, routed_scaling_factor, eps)
+    return _gating(
+        "npu_moe_gating_top_k", x, k, bias, input_ids, tid2eid, group, renorm, norm_type, out_flag, routed_scaling_factor, eps
+    )
 
 
 @model("custom::npu_moe_gating_top_k")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tools.npu_standin.models import OLDER, model, needed, require, require_dtype, require_shape, soc, undefined
-from tools.npu_standin.models.blocks import MX_BLOCK, from_e2m1, mx_values, powers, unpack
+from tools.npu_standin.models.blocks import mx_values, pack, unpack
 from tools.npu_standin.models.codes import FP4_E2M1, type_of
 
 CUMULATED, COUNTS, PAIRS = 0, 1, 2
@@ -42,16 +42,13 @@ def _only(name: str, values: list[Tensor] | None) -> Tensor | None:
     return values[0]
 
 
-def _mx_weight(values_KN: Tensor, scale: Tensor) -> Tensor:
-    """Weight [K, N] of one expert times its scales, [K/64, N, 2] or [K/32, N]."""
-    k, n = values_KN.shape
-    if scale.dim() == 3:
-        require_shape(OP, "scale of an expert", scale, -(-k // 64), n, 2)
-        per_block = powers(scale).permute(0, 2, 1).flatten(0, 1)
-    else:
-        require_shape(OP, "scale of an expert", scale, -(-k // MX_BLOCK), n)
-        per_block = powers(scale)
-    return values_KN * per_block.repeat_interleave(MX_BLOCK, 0)[:k]
+def _mx_weight(codes_NK: Tensor, scale: Tensor, kind: torch.dtype | str) -> Tensor:
+    """Weight [K, N] of one expert from its rows of outputs [N, K] (fp4: bytes [N, K/2]) and scales [K/64, N, 2].
+
+    The pairs of scales stay together, also where the hub keeps [N, K/32].
+    """
+    require_shape(OP, "scale of an expert", scale, None, codes_NK.shape[0], 2)
+    return mx_values(codes_NK, scale.transpose(0, 1), kind).T
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,12 @@ def _is_e8m0(code: int | None) -> bool:
 
 
 def _mx_operands(
-    x: Tensor, weight: Tensor, scale: Tensor | None, antiquant: Tensor | None, row_scale: Tensor | None, kinds: dict[str, int | None]
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    antiquant: Tensor | None,
+    row_scale: Tensor | None,
+    kinds: dict[str, int | None],
 ) -> Operands:
     x_kind = type_of(kinds["x"]) if kinds["x"] is not None else x.dtype
     w_kind = type_of(kinds["weight"]) if kinds["weight"] is not None else weight.dtype
@@ -78,19 +80,23 @@ def _mx_operands(
     require(w_kind != torch.uint8, OP, "uint8 weight without weight_dtype", "weight_dtype=296 for fp4")
     require(_is_e8m0(kinds["row"]), OP, f"per_token_scale_dtype {kinds['row']}", "293 (MX)")
     rows = needed(OP, "per_token_scale [M, K/64, 2]", row_scale)
-    if antiquant is not None:  # weight [E, K/2, N] seen from [E, N, K/2]: two neighbours of K per byte
-        require(x.dtype == torch.float8_e4m3fn and w_kind == FP4_E2M1, OP, f"{x.dtype} x {w_kind}", "e4m3 x fp4 with antiquant_scale")
-        a8w4 = lambda e: _mx_weight(from_e2m1(unpack(weight[e].T)).T, antiquant[e])  # noqa: E731
+    if antiquant is not None:
+        require(
+            x.dtype == torch.float8_e4m3fn and w_kind == FP4_E2M1, OP, f"{x.dtype} x {w_kind}", "e4m3 x fp4 with antiquant_scale"
+        )
+        a8w4 = lambda e: _mx_weight(weight[e].T, antiquant[e], FP4_E2M1)  # noqa: E731
         return Operands(mx_values(x, rows, x.dtype), a8w4, weight.shape[2])
     require(_is_e8m0(kinds["scale"]), OP, f"scale_dtype {kinds['scale']}", "293 (MX)")
     table = needed(OP, "scale [E, K/64, N, 2]", scale)
-    if w_kind == FP4_E2M1:  # weight [E, K, N/2]
+    if w_kind == FP4_E2M1:  # weight [E, K, N/2], or [E, K/2, N] seen from [E, N, K/2]
         legal = x.dtype == torch.uint8 and x_kind == FP4_E2M1
         require(legal, OP, f"x {x.dtype} as {x_kind}", "uint8 x with x_dtype=296: without it N is read as N/2")
-        a4w4 = lambda e: _mx_weight(from_e2m1(unpack(weight[e])), table[e])  # noqa: E731
+        if weight.shape[1] == x.shape[1]:
+            return Operands(mx_values(x, rows, FP4_E2M1), lambda e: _mx_weight(weight[e].T, table[e], FP4_E2M1), weight.shape[2])
+        a4w4 = lambda e: _mx_weight(pack(unpack(weight[e]).T), table[e], FP4_E2M1)  # noqa: E731
         return Operands(mx_values(x, rows, FP4_E2M1), a4w4, weight.shape[2] * 2)
     require_dtype(OP, "weight", weight, torch.float8_e4m3fn, torch.float8_e5m2)
-    return Operands(mx_values(x, rows, x.dtype), lambda e: _mx_weight(weight[e].float(), table[e]), weight.shape[2])
+    return Operands(mx_values(x, rows, x.dtype), lambda e: _mx_weight(weight[e].T, table[e], weight.dtype), weight.shape[2])
 
 
 def _operands(x: Tensor, weight: Tensor, scale: Tensor | None, row_scale: Tensor | None) -> Operands:
@@ -115,14 +121,24 @@ def _output_type(x: Tensor, scale: Tensor | None, output_dtype: int | None) -> t
         require(wanted in (None, x.dtype), OP, f"output_dtype {wanted}", f"the type of x, {x.dtype}")
         return x.dtype
     if x.dtype != torch.int8:
-        require(wanted in (torch.bfloat16, torch.float16, torch.float32), OP, f"output_dtype {wanted}", "bf16, fp16 or fp32, passed explicitly")
+        require(
+            wanted in (torch.bfloat16, torch.float16, torch.float32),
+            OP,
+            f"output_dtype {wanted}",
+            "bf16, fp16 or fp32, passed explicitly",
+        )
         assert isinstance(wanted, torch.dtype)
         return wanted
     if scale is None:
         require(wanted == torch.int32, OP, f"output_dtype {wanted} without scale", "int32")
         return torch.int32
     fitting = torch.bfloat16 if scale.dtype == torch.bfloat16 else torch.float16
-    require(wanted == fitting, OP, f"output_dtype {wanted} with a scale of {scale.dtype}", "bf16 scale for bf16 output, fp32 scale for fp16")
+    require(
+        wanted == fitting,
+        OP,
+        f"output_dtype {wanted} with a scale of {scale.dtype}",
+        "bf16 scale for bf16 output, fp32 scale for fp16",
+    )
     return fitting
 
 
@@ -163,9 +179,23 @@ def npu_grouped_matmul(
     require(split_item in (2, 3), OP, f"split_item {split_item}", "2 or 3 (one output)")
     require(group_type == 0, OP, f"group_type {group_type}", "group_type 0 with a tensor group_list")
     groups = needed(OP, "group_list", group_list)
-    require(rows.dim() == 2 and table.dim() == 3, OP, f"x {list(rows.shape)}, weight {list(table.shape)}", "x [M, K], weight [E, K, N]")
-    require(table.shape[0] <= 1024 and max(rows.shape[1], *table.shape[1:]) < 65536, OP, f"weight {list(table.shape)}", "E <= 1024, K and N below 65536")
-    per_channel, antiquant, per_row = _only("scale", scale), _only("antiquant_scale", antiquant_scale), _only("per_token_scale", per_token_scale)
+    require(
+        rows.dim() == 2 and table.dim() == 3,
+        OP,
+        f"x {list(rows.shape)}, weight {list(table.shape)}",
+        "x [M, K], weight [E, K, N]",
+    )
+    require(
+        table.shape[0] <= 1024 and max(rows.shape[1], *table.shape[1:]) < 65536,
+        OP,
+        f"weight {list(table.shape)}",
+        "E <= 1024, K and N below 65536",
+    )
+    per_channel, antiquant, per_row = (
+        _only("scale", scale),
+        _only("antiquant_scale", antiquant_scale),
+        _only("per_token_scale", per_token_scale),
+    )
     kind = _output_type(rows, per_channel, output_dtype)
     if torch.uint8 in (rows.dtype, table.dtype) or rows.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         kinds = {"x": x_dtype, "weight": weight_dtype, "scale": scale_dtype, "row": per_token_scale_dtype}
@@ -173,7 +203,16 @@ def npu_grouped_matmul(
     else:
         require(antiquant is None, OP, "antiquant_scale", "none for this pair of types")
         parts = _operands(rows, table, per_channel, per_row)
-    return [_products(parts, group_slices(groups, int(group_list_type or 0), rows.shape[0], table.shape[0]), _only("bias", bias), rows, table, kind)]
+    return [
+        _products(
+            parts,
+            group_slices(groups, int(group_list_type or 0), rows.shape[0], table.shape[0]),
+            _only("bias", bias),
+            rows,
+            table,
+            kind,
+        )
+    ]
 
 
 def _products(
@@ -187,7 +226,9 @@ def _products(
         if first == end:
             continue
         right = parts.right(e)
-        require(parts.left.shape[1] == right.shape[0], OP, f"K = {parts.left.shape[1]} in x and {right.shape[0]} in weight", "equal K")
+        require(
+            parts.left.shape[1] == right.shape[0], OP, f"K = {parts.left.shape[1]} in x and {right.shape[0]} in weight", "equal K"
+        )
         product = parts.left[first:end] @ right
         product = product if bias is None else product + bias[e]
         product = product if parts.column_scale is None else product.float() * parts.column_scale[e].float()

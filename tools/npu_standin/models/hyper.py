@@ -56,7 +56,12 @@ def npu_hc_pre(
         require_dtype(op, name, found, torch.float32)
         require_shape(op, name, found, *shape)
     tokens = x.numel() // (4 * d)
-    require(soc() in OLDER or tokens <= 512 or tokens % 8192 == 0, op, f"{tokens} tokens on 950", "up to 512 tokens or a multiple of 8192")
+    require(
+        soc() in OLDER or tokens <= 512 or tokens % 8192 == 0,
+        op,
+        f"{tokens} tokens on 950",
+        "up to 512 tokens or a multiple of 8192",
+    )
     flat = x.float().flatten(-2)
     rstd = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
     mixes = (flat @ (hc_fn if _exact else hf32(hc_fn)).T) * rstd
@@ -68,7 +73,9 @@ def npu_hc_pre(
 
 def _mixed(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """y_i = post_i * x + sum over j of comb[j, i] * residual_j, in the type of residual."""
-    return (post.float()[..., None] * x.float()[..., None, :] + comb.float().transpose(-1, -2) @ residual.float()).to(residual.dtype)
+    return (post.float()[..., None] * x.float()[..., None, :] + comb.float().transpose(-1, -2) @ residual.float()).to(
+        residual.dtype
+    )
 
 
 @model("custom::npu_hc_post")
@@ -93,7 +100,9 @@ def npu_mhc_post(x: Tensor, h_res: Tensor | None, h_out: Tensor, h_post: Tensor)
     mix = needed(op, "h_res", h_res)
     require(x.dim() in (3, 4), op, f"x {list(x.shape)}", "[T, n, D] or [B, S, n, D]")
     n, d = x.shape[-2:]
-    require(n in (4, 6, 8) and d % 16 == 0 and d <= 16384, op, f"n = {n}, D = {d}", "n in 4, 6, 8; D a multiple of 16 up to 16384")
+    require(
+        n in (4, 6, 8) and d % 16 == 0 and d <= 16384, op, f"n = {n}, D = {d}", "n in 4, 6, 8; D a multiple of 16 up to 16384"
+    )
     require_dtype(op, "x", x, torch.bfloat16, torch.float16)
     require_dtype(op, "h_out", h_out, x.dtype)
     require_dtype(op, "h_res", mix, torch.float32)
@@ -123,12 +132,19 @@ def npu_mhc_pre(
     require(out_flag == 0, op, f"out_flag {out_flag}", "0 (not modelled otherwise)")
     require(x.dim() in (3, 4), op, f"x {list(x.shape)}", "[T, n, D] or [B, S, n, D]")
     n, d = x.shape[-2:]
-    require(n in (4, 6, 8) and d % 16 == 0 and d <= 16384, op, f"n = {n}, D = {d}", "n in 4, 6, 8; D a multiple of 16 up to 16384")
+    require(
+        n in (4, 6, 8) and d % 16 == 0 and d <= 16384, op, f"n = {n}, D = {d}", "n in 4, 6, 8; D a multiple of 16 up to 16384"
+    )
     require_dtype(op, "x", x, torch.bfloat16, torch.float16)
     for name, found, shape in (("phi", phi, (n * n + 2 * n, n * d)), ("bias", bias, (n * n + 2 * n,))):
         require_dtype(op, name, found, torch.float32)
         require_shape(op, name, found, *shape)
-    require(tuple(alpha.shape) == (3,), op, f"alpha {list(alpha.shape)}", "[3] (2 elements are accepted too and not modelled; 1, as in hc_head, is not)")
+    require(
+        tuple(alpha.shape) == (3,),
+        op,
+        f"alpha {list(alpha.shape)}",
+        "[3] (2 elements are accepted too and not modelled; 1, as in hc_head, is not)",
+    )
     require(gamma is None, op, "gamma", "None (not modelled)")
     flat = x.float().flatten(-2)
     mixes = (flat @ hf32(phi).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
@@ -144,5 +160,10 @@ def npu_mhc_sinkhorn(x: Tensor, *, eps: float = 1e-6, num_iters: int = 20, out_f
     op = "npu_mhc_sinkhorn"
     require(out_flag == 0, op, f"out_flag {out_flag}", "0 (not modelled otherwise)")
     require_dtype(op, "x", x, torch.float32)
-    require(x.dim() in (3, 4) and x.shape[-1] == x.shape[-2] and x.shape[-1] in (4, 6, 8), op, f"x {list(x.shape)}", "[.., n, n], n in 4, 6, 8")
+    require(
+        x.dim() in (3, 4) and x.shape[-1] == x.shape[-2] and x.shape[-1] in (4, 6, 8),
+        op,
+        f"x {list(x.shape)}",
+        "[.., n, n], n in 4, 6, 8",
+    )
     return sinkhorn(x, num_iters, eps), None, None

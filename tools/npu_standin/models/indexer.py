@@ -39,7 +39,9 @@ def choose(
 def _check(
     op: str, query: Tensor, layouts: tuple[str, str], k: int, mode: int, ratio: int, far: tuple[int, int], heads: tuple[int, ...]
 ) -> None:
-    require(layouts == ("TND", "PA_BSND"), op, f"layouts {layouts}", "('TND', 'PA_BSND') (BSND is documented too and not modelled)")
+    require(
+        layouts == ("TND", "PA_BSND"), op, f"layouts {layouts}", "('TND', 'PA_BSND') (BSND is documented too and not modelled)"
+    )
     require_shape(op, "query", query, None, None, WIDTH)
     require(query.shape[1] in heads, op, f"{query.shape[1]} heads", f"{heads} heads: the indexer is not split over ranks")
     require(query.shape[0] > 0, op, "T = 0", "at least one token")
@@ -116,14 +118,21 @@ def npu_quant_lightning_indexer(
     heads, modes, given = (query.shape[1], 1, WIDTH), (query_quant_mode, key_quant_mode), actual_seq_lengths_query
     compare(OP, metadata, _facts(heads, modes, given, lengths, layouts, sparse_count, sparse_mode, far, cmp_ratio))
     factor = weights.float() * query_dequant_scale.float()
-    require(float(factor.abs().amax()) <= 65504, OP, f"weights * scale up to {float(factor.abs().amax()):.3g}", "inside the range of fp16")
+    require(
+        float(factor.abs().amax()) <= 65504,
+        OP,
+        f"weights * scale up to {float(factor.abs().amax()):.3g}",
+        "inside the range of fp16",
+    )
 
     def score(b: int, t: int, n: int) -> Tensor:
         positions = torch.arange(n)
         keys, key_scale = rows_of(OP, key, table, b, positions), rows_of(OP, key_dequant_scale, table, b, positions)
         return (factor[t] @ (query[t].float() @ keys.float().T).relu()) * key_scale.float()
 
-    return choose(OP, query.shape[0], cu, lengths, cmp_ratio, sparse_mode, sparse_count, score)[0], torch.empty(0, dtype=torch.float32)
+    return choose(OP, query.shape[0], cu, lengths, cmp_ratio, sparse_mode, sparse_count, score)[0], torch.empty(
+        0, dtype=torch.float32
+    )
 
 
 @model("custom::npu_quant_lightning_indexer_metadata", socs=OLDER)
@@ -151,7 +160,9 @@ def npu_quant_lightning_indexer_metadata(
     """int32 [1024] whose arguments must equal those of the main call; the default of layout_key differs from the main op's."""
     heads, layouts, far = (num_heads_q, num_heads_k, head_dim), (layout_query, layout_key), (pre_tokens, next_tokens)
     modes = (query_quant_mode, key_quant_mode)
-    return written(_facts(heads, modes, actual_seq_lengths_query, actual_seq_lengths_key, layouts, sparse_count, sparse_mode, far, cmp_ratio))
+    return written(
+        _facts(heads, modes, actual_seq_lengths_query, actual_seq_lengths_key, layouts, sparse_count, sparse_mode, far, cmp_ratio)
+    )
 
 
 @model("npu::npu_lightning_indexer")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tools.npu_standin.models import OLDER, model, needed, require, require_dtype, require_shape, soc
-from tools.npu_standin.models.blocks import MX_BLOCK, from_e2m1, mx_values, powers, unpack
+from tools.npu_standin.models.blocks import MX_BLOCK, mx_values
 from tools.npu_standin.models.codes import FP4_E2M1, type_of
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -14,7 +14,13 @@ OP = "npu_quant_matmul"
 
 
 def _int8(
-    x1: Tensor, x2: Tensor, scale: Tensor, pertoken_scale: Tensor | None, bias: Tensor | None, offset: Tensor | None, kind: torch.dtype
+    x1: Tensor,
+    x2: Tensor,
+    scale: Tensor,
+    pertoken_scale: Tensor | None,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    kind: torch.dtype,
 ) -> Tensor:
     """int8 x int8 with scale [n] or [1] per column and pertoken_scale fp32 [m] per row."""
     require_dtype(OP, "x2", x2, torch.int8)
@@ -43,11 +49,9 @@ def _int8(
 
 def _mx(x1: Tensor, x2: Tensor, scale: Tensor, row_scale: Tensor, first: torch.dtype | str, second: torch.dtype | str) -> Tensor:
     """x1 [m, k] (fp4: [m, k/2]) and x2 [k, n] (fp4: a transposed view of [n, k/2]); scale [k/64, n, 2], row_scale [m, k/64, 2]."""
-    left = mx_values(x1, row_scale, first)
-    right = from_e2m1(unpack(x2.T)).T if second == FP4_E2M1 else x2.float()
-    k, n = right.shape
-    require_shape(OP, "scale", scale, -(-k // 64), n, 2)
-    return left @ (right * powers(scale).permute(0, 2, 1).flatten(0, 1).repeat_interleave(MX_BLOCK, 0)[:k])
+    n = x2.shape[1]
+    require_shape(OP, "scale", scale, None, n, 2)
+    return mx_values(x1, row_scale, first) @ mx_values(x2.T, scale.transpose(0, 1), second).T
 
 
 def _blocked(x1: Tensor, x2: Tensor, scale: Tensor, row_scale: Tensor) -> Tensor:
@@ -85,7 +89,12 @@ def npu_quant_matmul(
     first = type_of(x1_dtype) if x1_dtype is not None else x1.dtype
     second = type_of(x2_dtype) if x2_dtype is not None else x2.dtype
     require(x1.dim() == 2 and x2.dim() == 2, OP, f"x1 {list(x1.shape)}, x2 {list(x2.shape)}", "[m, k] and [k, n]")
-    require(max(x1.shape[1], x2.shape[0], x2.shape[1]) <= 65535, OP, f"x1 {list(x1.shape)}, x2 {list(x2.shape)}", "last dimensions up to 65535")
+    require(
+        max(x1.shape[1], x2.shape[0], x2.shape[1]) <= 65535,
+        OP,
+        f"x1 {list(x1.shape)}, x2 {list(x2.shape)}",
+        "last dimensions up to 65535",
+    )
     require(x1.shape[1] == x2.shape[0], OP, f"k = {x1.shape[1]} in x1 and {x2.shape[0]} in x2", "equal k")
     require(y_scale is None, OP, "y_scale", "None (not modelled)")
     kind = type_of(1 if output_dtype is None else output_dtype)
@@ -95,13 +104,28 @@ def npu_quant_matmul(
         require(not group_sizes, OP, f"group_sizes {group_sizes}", "none with int8")
         return _int8(x1, x2, scale, pertoken_scale, bias, offset, kind)
     require(soc() not in OLDER, OP, f"{first} x {second} on {soc()}", "int8 x int8 on A2 and A3")
-    require(first in (*FP8, FP4_E2M1) and second in (*FP8, FP4_E2M1), OP, f"{first} x {second}", "fp8 or fp4 (uint8 with x1_dtype, x2_dtype)")
+    require(
+        first in (*FP8, FP4_E2M1) and second in (*FP8, FP4_E2M1),
+        OP,
+        f"{first} x {second}",
+        "fp8 or fp4 (uint8 with x1_dtype, x2_dtype)",
+    )
     require(offset is None and bias is None, OP, "offset or bias", "neither (not modelled)")
-    require(kind in (torch.bfloat16, torch.float16, torch.float32), OP, f"output_dtype {kind}", "bf16, fp16 or fp32, passed explicitly")
+    require(
+        kind in (torch.bfloat16, torch.float16, torch.float32),
+        OP,
+        f"output_dtype {kind}",
+        "bf16, fp16 or fp32, passed explicitly",
+    )
     rows = needed(OP, "pertoken_scale", pertoken_scale)
     if list(group_sizes or ()) == [1, 1, MX_BLOCK]:
         codes = (scale_dtype, pertoken_scale_dtype)
-        require(None not in codes and all(type_of(c or 0) == torch.float8_e8m0fnu for c in codes), OP, f"scale types {codes}", "293, 293")
+        require(
+            None not in codes and all(type_of(c or 0) == torch.float8_e8m0fnu for c in codes),
+            OP,
+            f"scale types {codes}",
+            "293, 293",
+        )
         return _mx(x1, x2, scale, rows, first, second).to(kind)
     legal = list(group_sizes or ()) == [1, 128, 128] and first in FP8
     require(legal, OP, f"group_sizes {group_sizes} for {first}", "[1, 1, 32], or [1, 128, 128] for fp8")
@@ -128,7 +152,12 @@ def npu_transpose_batchmatmul(
     require(input.dim() == 3 and weight.dim() == 3, op, f"{list(input.shape)} and {list(weight.shape)}", "3 dimensions")
     require_dtype(op, "input", input, torch.bfloat16, torch.float16, torch.float32)
     require_dtype(op, "weight", weight, input.dtype)
-    require(bias is None and scale is None and batch_split_factor in (None, 1), op, "bias, scale or batch_split_factor", "none (not modelled)")
+    require(
+        bias is None and scale is None and batch_split_factor in (None, 1),
+        op,
+        "bias, scale or batch_split_factor",
+        "none (not modelled)",
+    )
     left = input.permute(perm_x1 or (0, 1, 2))
     right = weight.permute(perm_x2 or (0, 1, 2))
     (b, _, k), n = left.shape, right.shape[2]

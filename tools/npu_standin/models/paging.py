@@ -14,9 +14,19 @@ def rows_of(op: str, cache: Tensor, table: Tensor, request: int, positions: Tens
     if not positions.numel():
         return cache[:0, 0, 0]
     column = positions // size
-    require(int(column.max()) < table.shape[1], op, f"position {int(positions.max())}", f"inside the {table.shape[1]} blocks of the table")
+    require(
+        int(column.max()) < table.shape[1],
+        op,
+        f"position {int(positions.max())}",
+        f"inside the {table.shape[1]} blocks of the table",
+    )
     blocks = table[request, column].long()
-    require(bool(((blocks >= 0) & (blocks < cache.shape[0])).all()), op, f"blocks {blocks.tolist()[:8]}", f"0 <= block < {cache.shape[0]}")
+    require(
+        bool(((blocks >= 0) & (blocks < cache.shape[0])).all()),
+        op,
+        f"blocks {blocks.tolist()[:8]}",
+        f"0 <= block < {cache.shape[0]}",
+    )
     return cache[blocks, positions % size, 0]
 
 
@@ -24,7 +34,12 @@ def check_cache(op: str, name: str, cache: Tensor, width: int | None, *dtypes: t
     """Refuse a cache that is not [blocks, block_size, 1, width] of one of the types, block_size a multiple of 16 up to 1024."""
     require_dtype(op, name, cache, *dtypes)
     require_shape(op, name, cache, None, None, 1, width)
-    require(cache.shape[1] % 16 == 0 and 16 <= cache.shape[1] <= 1024, op, f"{name} with blocks of {cache.shape[1]}", "a multiple of 16 up to 1024")
+    require(
+        cache.shape[1] % 16 == 0 and 16 <= cache.shape[1] <= 1024,
+        op,
+        f"{name} with blocks of {cache.shape[1]}",
+        "a multiple of 16 up to 1024",
+    )
 
 
 def check_table(op: str, name: str, table: Tensor | None, batch: int) -> Tensor:
@@ -43,6 +58,11 @@ def requests(op: str, tokens: int, cu_seqlens_q: list[int], lengths: list[int]) 
     found = []
     for b, length in enumerate(lengths):
         first, end = cu_seqlens_q[b], cu_seqlens_q[b + 1]
-        require(length >= end - first, op, f"length {length} of request {b} with {end - first} queries", "lengths that include the new tokens")
+        require(
+            length >= end - first,
+            op,
+            f"length {length} of request {b} with {end - first} queries",
+            "lengths that include the new tokens",
+        )
         found += [(b, t, length - (end - t)) for t in range(first, end)]
     return found

@@ -43,7 +43,9 @@ def npu_dynamic_quant(
     op = "npu_dynamic_quant"
     require_dtype(op, "input", input, *FLOATS)
     require(input.dim() >= 2, op, f"input {list(input.shape)}", "at least 2 dimensions")
-    require(quant_mode == "pertoken" and dst_type_max == 0, op, f"quant_mode {quant_mode!r}", "'pertoken' (others are not modelled)")
+    require(
+        quant_mode == "pertoken" and dst_type_max == 0, op, f"quant_mode {quant_mode!r}", "'pertoken' (others are not modelled)"
+    )
     require(group_index is None, op, "group_index", "None (not modelled)")
     kind = _target(op, 1 if dst_type is None else dst_type, torch.int8, *FP8)
     wide = input.float()
@@ -72,7 +74,9 @@ def npu_dynamic_block_quant(
     op = "npu_dynamic_block_quant"
     require_dtype(op, "x", x, *FLOATS)
     require(x.dim() in (2, 3), op, f"x {list(x.shape)}", "[M, K] or [B, M, K]")
-    require(round_mode == "rint" and dst_type_max == 0, op, f"round_mode {round_mode!r}, dst_type_max {dst_type_max}", "'rint', 0")
+    require(
+        round_mode == "rint" and dst_type_max == 0, op, f"round_mode {round_mode!r}, dst_type_max {dst_type_max}", "'rint', 0"
+    )
     kind = _target(op, dst_type, *FP8)
     size = (row_block_size, col_block_size)
     legal = ((1, 128),) if soc() in OLDER else ((1, 128), (128, 128))
@@ -101,7 +105,12 @@ def npu_dynamic_mx_quant(
     op = "npu_dynamic_mx_quant"
     require_dtype(op, "input", input, *FLOATS)
     require(axis in (-1, input.dim() - 1) and block_size == 32, op, f"axis {axis}, block_size {block_size}", "the last axis, 32")
-    require(round_mode == "rint" and dst_type_max == 0 and max_low_bound == 0, op, f"round_mode {round_mode!r}, or bounds", "'rint', 0")
+    require(
+        round_mode == "rint" and dst_type_max == 0 and max_low_bound == 0,
+        op,
+        f"round_mode {round_mode!r}, or bounds",
+        "'rint', 0",
+    )
     require(scale_alg in (0, 1), op, f"scale_alg {scale_alg}", "0 or 1")
     kind = type_of(dst_type)
     require(kind in (*FP8, FP4_E2M1), op, f"dst_type {dst_type} ({kind})", "fp8 or fp4")
@@ -127,7 +136,9 @@ def npu_anti_mx_quant(
 
 
 @model("npu::npu_format_cast")
-def npu_format_cast(input: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None) -> Tensor:
+def npu_format_cast(
+    input: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
+) -> Tensor:
     """The same values in another storage format (29: FRACTAL_NZ); what it looks like in memory is not modelled."""
     require(acl_format in (2, 29), "npu_format_cast", f"acl_format {acl_format}", "2 (ND) or 29 (FRACTAL_NZ)")
     return input.clone()

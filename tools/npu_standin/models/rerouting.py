@@ -26,14 +26,23 @@ def npu_moe_re_routing(
     require_shape(op, "tokens", tokens, None, None)
     require_dtype(op, "expert_token_num_per_rank", expert_token_num_per_rank, torch.int32, torch.int64)
     require_shape(op, "expert_token_num_per_rank", expert_token_num_per_rank, None, None)
-    require(expert_token_num_type == 1 and idx_type == 0 and tokens_dtype is None, op, "another type of counts or index", "1 (counts), 0 (gather)")
+    require(
+        expert_token_num_type == 1 and idx_type == 0 and tokens_dtype is None,
+        op,
+        "another type of counts or index",
+        "1 (counts), 0 (gather)",
+    )
     ranks, experts = expert_token_num_per_rank.shape
     counts = expert_token_num_per_rank.long().flatten()
     require(int(counts.sum()) <= tokens.shape[0], op, f"counts of {int(counts.sum())} rows", f"at most {tokens.shape[0]}")
     owner = torch.repeat_interleave(torch.arange(ranks * experts) % experts, counts)
     order = torch.sort(owner, stable=True).indices
     used = order.numel()
-    rows, index, scales = undefined(tokens.shape, tokens.dtype), undefined((tokens.shape[0],), torch.int32), undefined((tokens.shape[0],), torch.float32)
+    rows, index, scales = (
+        undefined(tokens.shape, tokens.dtype),
+        undefined((tokens.shape[0],), torch.int32),
+        undefined((tokens.shape[0],), torch.float32),
+    )
     rows[:used], index[:used] = tokens[order], order.to(torch.int32)
     if per_token_scales is not None:
         require_dtype(op, "per_token_scales", per_token_scales, torch.float32)

@@ -21,7 +21,12 @@ def _inplace(op: str, x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, parti
     require(x.dim() == 4, op, f"x {list(x.shape)}", "x of 4 dimensions [b, s, n, d]")
     require_dtype(op, "x", x, *FLOATS)
     require_dtype(op, "r1", r1, *FLOATS)
-    require(r2.dtype == r1.dtype and r2.shape == r1.shape, op, f"r1 {list(r1.shape)} {r1.dtype}, r2 {list(r2.shape)} {r2.dtype}", "one type and shape")
+    require(
+        r2.dtype == r1.dtype and r2.shape == r1.shape,
+        op,
+        f"r1 {list(r1.shape)} {r1.dtype}, r2 {list(r2.shape)} {r2.dtype}",
+        "one type and shape",
+    )
     require(rotary_mode == "interleave", op, f"rotary_mode {rotary_mode!r}", "'interleave'")
     require(x.is_contiguous() and r1.is_contiguous() and r2.is_contiguous(), op, "a strided tensor", "contiguous x, r1, r2")
     b, s, n, d = x.shape

@@ -17,7 +17,9 @@ PLAIN, INT8_DYNAMIC, MX_E5M2, MX_E4M3, MX_FP4 = -1, 1, 2, 3, 9
 _MX: dict[int, torch.dtype | str] = {MX_E5M2: torch.float8_e5m2, MX_E4M3: torch.float8_e4m3fn, MX_FP4: FP4_E2M1}
 
 
-def _quantised(op: str, x: Tensor, quant_mode: int, source: Tensor, experts: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _quantised(
+    op: str, x: Tensor, quant_mode: int, source: Tensor, experts: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """The expanded rows and their scales (None: undefined)."""
     rows = x[source]
     if quant_mode == PLAIN:
@@ -28,7 +30,12 @@ def _quantised(op: str, x: Tensor, quant_mode: int, source: Tensor, experts: Ten
             return int8_per_row(rows)
         require_shape(op, "scale", scale, None, x.shape[1])
         return int8_per_row(rows.float() * scale[experts if scale.shape[0] > 1 else torch.zeros_like(experts)])
-    require(soc() not in OLDER and quant_mode in _MX, op, f"quant_mode {quant_mode} on {soc()}", "-1, 1; on 950 also 2, 3, 9 (others are not modelled)")
+    require(
+        soc() not in OLDER and quant_mode in _MX,
+        op,
+        f"quant_mode {quant_mode} on {soc()}",
+        "-1, 1; on 950 also 2, 3, 9 (others are not modelled)",
+    )
     codes, scales = mx_quantised(rows, _MX[quant_mode], round_up=False)
     # the wheel gives pairs of scales for fp4, and one row of them for fp8
     return codes, scales if quant_mode == MX_FP4 else scales.flatten(-2)
@@ -78,7 +85,9 @@ def npu_moe_init_routing_v2(
     used = order.numel()
     expanded = undefined((total, *rows.shape[1:]), rows.dtype)
     expanded[:used] = rows
-    scales = undefined((total,), torch.float32) if row_scale is None else undefined((total, *row_scale.shape[1:]), row_scale.dtype)
+    scales = (
+        undefined((total,), torch.float32) if row_scale is None else undefined((total, *row_scale.shape[1:]), row_scale.dtype)
+    )
     if row_scale is not None:
         scales[:used] = row_scale
     tokens = _tokens(op, flat[order], low, high, expert_tokens_num_type, expert_tokens_num_flag)
@@ -137,7 +146,9 @@ def npu_moe_finalize_routing(
     per_token = scales.shape[1] if scales is not None else int(k or 1)
     require(index.numel() % per_token == 0, op, f"{index.numel()} row indices", f"a multiple of k = {per_token}")
     tokens = index.numel() // per_token
-    require(bool(((index >= 0) & (index < rows.shape[0])).all()), op, "a row index outside the rows", f"0 <= index < {rows.shape[0]}")
+    require(
+        bool(((index >= 0) & (index < rows.shape[0])).all()), op, "a row index outside the rows", f"0 <= index < {rows.shape[0]}"
+    )
     table = index.long().view(per_token, tokens).T if drop_pad_mode == 0 else index.long().view(tokens, per_token)
     found = rows.float()[table]
     if bias is not None:

@@ -32,7 +32,12 @@ def scatter_nd_update_asc(var: Tensor, indices: Tensor, update: Tensor) -> None:
     require_shape(op, "update", update, indices.shape[0], var.shape[1])
     require(indices.shape[0] <= var.shape[0], op, f"u = {indices.shape[0]} for {var.shape[0]} slots", "u at most slots")
     where = indices[:, 0].long()
-    require(not bool((where >= var.shape[0]).any()), op, f"index {int(where.max()) if where.numel() else 0}", f"below {var.shape[0]}: nothing checks it")
+    require(
+        not bool((where >= var.shape[0]).any()),
+        op,
+        f"index {int(where.max()) if where.numel() else 0}",
+        f"below {var.shape[0]}: nothing checks it",
+    )
     keep = where >= 0
     write_rows(var, where[keep], update[keep])
 
@@ -44,14 +49,21 @@ def npu_scatter_nd_update_(input: Tensor, indices: Tensor, updates: Tensor) -> T
     require_dtype(op, "indices", indices, torch.int32, torch.int64)
     require_dtype(op, "updates", updates, input.dtype)
     depth = indices.shape[-1]
-    require(1 <= depth <= input.dim(), op, f"indices {list(indices.shape)}", "indices [..., M] with M at most the dimensions of input")
+    require(
+        1 <= depth <= input.dim(), op, f"indices {list(indices.shape)}", "indices [..., M] with M at most the dimensions of input"
+    )
     require_shape(op, "updates", updates, *indices.shape[:-1], *input.shape[depth:])
     require(input.is_contiguous(), op, f"strides {input.stride()}", "contiguous input")
     if not indices.numel():
         return input
     limits = torch.tensor(input.shape[:depth])
     legal = bool(((indices >= 0) & (indices < limits)).all())
-    require(legal, op, f"indices {int(indices.min())}..{int(indices.max())}", "0 <= index < size; -1 is not skipped, give padding a row of its own")
+    require(
+        legal,
+        op,
+        f"indices {int(indices.min())}..{int(indices.max())}",
+        "0 <= index < size; -1 is not skipped, give padding a row of its own",
+    )
     flat = torch.zeros(indices.shape[:-1], dtype=torch.long)
     for axis in range(depth):
         flat = flat * input.shape[axis] + indices[..., axis].long()

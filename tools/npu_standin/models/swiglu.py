@@ -49,10 +49,17 @@ def group_of_rows(op: str, group_index: Tensor, rows: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(group_index.numel()), group_index)
 
 
-def _dequantised(op: str, x: Tensor, weight_scale: Tensor | None, activation_scale: Tensor | None, group: Tensor | None) -> Tensor:
+def _dequantised(
+    op: str, x: Tensor, weight_scale: Tensor | None, activation_scale: Tensor | None, group: Tensor | None
+) -> Tensor:
     if x.dtype != torch.int32:
         require_dtype(op, "x", x, torch.bfloat16, torch.float16)
-        require(weight_scale is None and activation_scale is None, op, "scales with a floating x", "x int32 with scales, or bf16 without")
+        require(
+            weight_scale is None and activation_scale is None,
+            op,
+            "scales with a floating x",
+            "x int32 with scales, or bf16 without",
+        )
         return x.float()
     weight_scale = needed(op, "weight_scale (x is int32)", weight_scale)
     activation_scale = needed(op, "activation_scale (x is int32)", activation_scale)
@@ -61,7 +68,12 @@ def _dequantised(op: str, x: Tensor, weight_scale: Tensor | None, activation_sca
     require(activation_scale.numel() == x.shape[0] and activation_scale.dim() in (1, 2), op,
             f"activation_scale {list(activation_scale.shape)}", f"[{x.shape[0]}] or [{x.shape[0]}, 1]")  # fmt: skip
     if group is None:
-        require(weight_scale.numel() == x.shape[1], op, f"weight_scale {list(weight_scale.shape)}", f"[1, {x.shape[1]}] without group_index")
+        require(
+            weight_scale.numel() == x.shape[1],
+            op,
+            f"weight_scale {list(weight_scale.shape)}",
+            f"[1, {x.shape[1]}] without group_index",
+        )
         per_row = weight_scale.reshape(1, -1)
     else:
         require_shape(op, "weight_scale", weight_scale, None, x.shape[1])
@@ -83,7 +95,12 @@ def _dequant_swiglu_quant(
         require(width % 64 == 0, op, f"H = {width}", "H a multiple of 64 with group_index")
         group = group_of_rows(op, group_index, rows)
         if weight_scale is not None:
-            require(weight_scale.shape[0] == group_index.numel(), op, f"weight_scale {list(weight_scale.shape)}", f"{group_index.numel()} groups")
+            require(
+                weight_scale.shape[0] == group_index.numel(),
+                op,
+                f"weight_scale {list(weight_scale.shape)}",
+                f"{group_index.numel()} groups",
+            )
     wide = _dequantised(op, x, weight_scale, activation_scale, group)
     used = rows if group is None else group.numel()
     y = act(op, wide[:used])
@@ -135,7 +152,17 @@ def npu_dequant_swiglu_quant(
     require(round_mode in (None, 0), "npu_dequant_swiglu_quant", f"round_mode {round_mode}", "0 (to nearest)")
     act = Activation(activate_left, PLAIN if first_version else swiglu_mode, clamp_limit, glu_alpha, glu_bias)
     return _dequant_swiglu_quant(
-        "npu_dequant_swiglu_quant", x, weight_scale, activation_scale, bias, quant_scale, quant_offset, group_index, quant_mode, dst_type, act
+        "npu_dequant_swiglu_quant",
+        x,
+        weight_scale,
+        activation_scale,
+        bias,
+        quant_scale,
+        quant_offset,
+        group_index,
+        quant_mode,
+        dst_type,
+        act,
     )
 
 
@@ -162,7 +189,17 @@ def npu_dequant_swiglu_clamp_quant(
     """The same arguments in another package, A2 and A3 only."""
     act = Activation(activate_left, swiglu_mode, clamp_limit, glu_alpha, glu_bias)
     return _dequant_swiglu_quant(
-        "npu_dequant_swiglu_clamp_quant", x, weight_scale, activation_scale, bias, quant_scale, quant_offset, group_index, quant_mode, dst_type, act
+        "npu_dequant_swiglu_clamp_quant",
+        x,
+        weight_scale,
+        activation_scale,
+        bias,
+        quant_scale,
+        quant_offset,
+        group_index,
+        quant_mode,
+        dst_type,
+        act,
     )
 
 
