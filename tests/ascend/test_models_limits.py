@@ -13,6 +13,8 @@ from tests.ascend.model_cases import CASES, arguments, call
 from tests.ascend.model_variants import VARIANTS
 from tools.npu_standin import models, schemas
 
+pytestmark = pytest.mark.standin
+
 
 def _check(name: str, chip: str, passed: dict[str, Any]) -> None:
     entry = limits.limits()[name]

@@ -13,6 +13,8 @@ from tools.npu_standin import models
 from tools.npu_standin.models import blocks
 from tools.npu_standin.models.codes import storage_of, type_of
 
+pytestmark = pytest.mark.standin
+
 DYNAMIC, BLOCKS, MX, ANTI = (
     "npu::npu_dynamic_quant",
     "npu::npu_dynamic_block_quant",
