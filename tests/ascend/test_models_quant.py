@@ -167,6 +167,15 @@ def test_quant_matmul_mx(on_chip):
     near(call(name, **given), left @ right.T, 3)
 
 
+def test_quant_matmul_mx_takes_weight_and_scale_laid_out_alike(on_chip):
+    on_chip("950")
+    name, given = _changes("npu_quant_matmul-mxfp8")
+    with pytest.raises(models.Refused, match="both transposed views"):
+        call(name, **{**given, "scale": given["scale"].contiguous()})
+    copied = {"x2": given["x2"].contiguous(), "scale": given["scale"].contiguous()}
+    assert torch.equal(call(name, **{**given, **copied}), call(name, **given))
+
+
 def test_quant_matmul_fp8_blocks(on_chip):
     on_chip("950")
     name, given = _changes("npu_quant_matmul-fp8 blocks")
