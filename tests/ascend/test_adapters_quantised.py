@@ -37,7 +37,8 @@ def test_layer_of_the_chips_mode(name: str, kind: str, soc: str, device: torch.d
     linears, experts = STORED[mode.kind]
     config = config_of(name, KINDS[kind])
     call = {"stored": 4 * config.index_topk + 37, "counts": [1, 3], "linears": linears, "experts": experts}
-    judged = frozenset(PRODUCTS[mode.kind]) if device.type == "cpu" else frozenset()
+    # goldens in float64 of Pro's products take minutes; its parts are judged in test_adapters_ops.py
+    judged = frozenset(PRODUCTS[mode.kind]) if device.type == "cpu" and name == "flash" else frozenset()
     found, seen = run(config, binding_of(soc, torch.bfloat16), prepare, device, judged=judged, **call)  # type: ignore[arg-type]
     wrong = [str(v) for v in seen.verdicts if not v.ok]
     assert not wrong, "\n".join(wrong)
