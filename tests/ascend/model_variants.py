@@ -75,8 +75,8 @@ _add("npu::npu_dequant_swiglu_quant", "fp8", NEWER, lambda g: {"dst_type": 24})
 _add("npu::npu_lightning_indexer", "no values", ALL, lambda g: {"return_value": False})
 _add(MATMUL, "no row scale", ALL, lambda g: {"pertoken_scale": None})
 _add(MATMUL, "mxfp8", NEWER, lambda g: {
-    "x1": e4m3(g, 5, 128), "x2": e4m3(g, 96, 128).T, "scale": powers(g, 2, 96, 2), "pertoken_scale": powers(g, 5, 2, 2), "scale_dtype": E8M0,
-    "pertoken_scale_dtype": E8M0, "group_sizes": [1, 1, 32]})  # fmt: skip
+    "x1": e4m3(g, 5, 128), "x2": e4m3(g, 96, 128).T, "scale": powers(g, 96, 2, 2).transpose(0, 1), "pertoken_scale": powers(g, 5, 2, 2),
+    "scale_dtype": E8M0, "pertoken_scale_dtype": E8M0, "group_sizes": [1, 1, 32]})  # fmt: skip
 _add(MATMUL, "fp8 blocks", NEWER, lambda g: {
     "x1": e4m3(g, 5, 128), "x2": e4m3(g, 96, 128).T, "scale": fp32(g, 1, 1), "pertoken_scale": fp32(g, 5, 1), "group_sizes": [1, 128, 128]})  # fmt: skip
 _add("npu::npu_dynamic_block_quant", "128 x 128", NEWER, lambda g: {"row_block_size": 128})

@@ -13,6 +13,8 @@ from tests.ascend.model_checks import near, poisoned
 from tools.npu_standin import models
 from tools.npu_standin.models import dispatch
 
+pytestmark = pytest.mark.standin
+
 MODELS = models.load()
 RANKS, EXPERTS, TOKENS, K, WIDTH = 4, 16, 5, 6, 64
 GROUP = "communicator"

@@ -10,6 +10,8 @@ from tests.ascend.model_cases import V4_SWIGLU, arguments, call
 from tests.ascend.model_checks import near, poisoned
 from tools.npu_standin import models
 
+pytestmark = pytest.mark.standin
+
 
 def test_gate_scores_choice_and_weights():
     given = arguments("npu::npu_moe_gating_top_k")

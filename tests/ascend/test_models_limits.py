@@ -13,6 +13,8 @@ from tests.ascend.model_cases import CASES, arguments, call
 from tests.ascend.model_variants import VARIANTS
 from tools.npu_standin import models, schemas
 
+pytestmark = pytest.mark.standin
+
 
 def _check(name: str, chip: str, passed: dict[str, Any]) -> None:
     entry = limits.limits()[name]
@@ -180,7 +182,14 @@ def test_a_call_outside_the_limits_is_refused_by_both(name, change, on_chip):
         _check(name, "910_93", passed)
 
 
+def _mx_product(**changes: Any) -> dict[str, Any]:
+    return {**VARIANTS["npu_quant_matmul-mxfp8"][2](torch.Generator().manual_seed(2)), **changes}
+
+
 NEWER: list[tuple[str, dict[str, Any]]] = [
+    ("npu::npu_quant_matmul", _mx_product(scale=torch.full((2, 96, 2), 127, dtype=torch.uint8))),
+    ("npu::npu_quant_matmul", _mx_product(group_sizes=None)),
+    ("npu::npu_grouped_matmul", {**VARIANTS["npu_grouped_matmul-w4a4"][2](torch.Generator().manual_seed(2)), "x_dtype": None}),
     ("npu::npu_dynamic_mx_quant", {"block_size": 16}),
     ("npu::npu_dynamic_mx_quant", {"dst_type": 1}),
     ("npu::npu_swiglu_mx_quant", {"clamp_limit": float("inf")}),

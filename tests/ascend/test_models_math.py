@@ -14,6 +14,8 @@ from tools.npu_standin import models
 from tools.npu_standin.models import hyper
 from tools.npu_standin.models.rounding import hf32
 
+pytestmark = pytest.mark.standin
+
 
 def test_norm():
     given = arguments("npu::npu_rms_norm")

@@ -15,6 +15,8 @@ from tests.ascend.model_cases import arguments, call
 from tests.ascend.model_checks import near, poisoned
 from tools.npu_standin import models
 
+pytestmark = pytest.mark.standin
+
 MODELS = models.load()
 COMPRESSOR, SHAREDKV, FLASH = "custom::compressor", "custom::npu_sparse_attn_sharedkv", "cann_ops_transformer::sparse_flash_mla"
 KINDS = [(2, 4, 512), (2, 4, 128), (1, 128, 512)]

@@ -13,6 +13,8 @@ from tools.npu_standin import models
 from tools.npu_standin.models import blocks
 from tools.npu_standin.models.codes import storage_of, type_of
 
+pytestmark = pytest.mark.standin
+
 DYNAMIC, BLOCKS, MX, ANTI = (
     "npu::npu_dynamic_quant",
     "npu::npu_dynamic_block_quant",
@@ -163,6 +165,15 @@ def test_quant_matmul_mx(on_chip):
     left = _mx(given["x1"], given["pertoken_scale"])
     right = _mx(given["x2"].T, given["scale"].transpose(0, 1))
     near(call(name, **given), left @ right.T, 3)
+
+
+def test_quant_matmul_mx_takes_weight_and_scale_laid_out_alike(on_chip):
+    on_chip("950")
+    name, given = _changes("npu_quant_matmul-mxfp8")
+    with pytest.raises(models.Refused, match="both transposed views"):
+        call(name, **{**given, "scale": given["scale"].contiguous()})
+    copied = {"x2": given["x2"].contiguous(), "scale": given["scale"].contiguous()}
+    assert torch.equal(call(name, **{**given, **copied}), call(name, **given))
 
 
 def test_quant_matmul_fp8_blocks(on_chip):

@@ -12,6 +12,8 @@ from backends.ascend.limits import limits
 from tools.npu_standin import models, schemas
 from tools.npu_standin.models.cann_functions import FUNCTIONS
 
+pytestmark = pytest.mark.standin
+
 NAMES = sorted(models.load())
 UNUSED = {"custom::kv_compress_epilog", "custom::indexer_compress_epilog"}
 """Models without limits: no adapter calls them."""

@@ -51,6 +51,8 @@ def _mx(x1: Tensor, x2: Tensor, scale: Tensor, row_scale: Tensor, first: torch.d
     """x1 [m, k] (fp4: [m, k/2]) and x2 [k, n] (fp4: a transposed view of [n, k/2]); scale [k/64, n, 2], row_scale [m, k/64, 2]."""
     n = x2.shape[1]
     require_shape(OP, "scale", scale, None, n, 2)
+    alike = scale.shape[0] == 1 or x2.is_contiguous() == scale.is_contiguous()
+    require(alike, OP, f"x2 {x2.stride()} and scale {scale.stride()}", "both transposed views, or neither: torch_npu's host code checks it")
     return mx_values(x1, row_scale, first) @ mx_values(x2.T, scale.transpose(0, 1), second).T
 
 
