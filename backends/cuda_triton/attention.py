@@ -1,0 +1,148 @@
+"""Attention over paged rows: one kernel for prefill, the same with the rows of a query split over programs for decode.
+
+Shapes as in ops/attention.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backends.cuda_triton.launch import NEED, SOC, blocks, kernels, power
+from ops.attention import sparse_attention
+from ops.cache import fp8_row_parts
+from ops.paged import packed_rope_dim
+
+BF16 = (torch.bfloat16,)
+WIDEST = 512
+_PROGRAMS = 128
+"""Programs below which the rows of a query are split, about one a multiprocessor."""
+_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a launch: heads and rows of a step, splits of a query's rows, warps and stages."""
+
+    heads: int
+    rows: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def plan(tokens: int, heads: int, steps: int, packed: bool) -> Plan:
+    """Plan of a call whose queries have up to `steps` blocks of 32 rows."""
+    few = tokens <= 4
+    together = min(16 if few else 64, power(heads, 16))
+    rows = 32 if few or packed else 64
+    programs = tokens * blocks(heads, together)
+    splits = min(blocks(_PROGRAMS, programs), blocks(steps * 32, rows), _SPLITS)
+    return Plan(together, rows, splits, 8 if together == 64 else 4, 2)
+
+
+def alignment(cache: Tensor, row: int) -> int:
+    """Bytes, 16 at most, of which the address of every row of `row` elements is a multiple."""
+    size = cache.element_size()
+    return math.gcd(16, cache.data_ptr(), row * size, cache.stride(0) * size)
+
+
+def _apart(cache: Tensor) -> bool:
+    # whole blocks may lie apart, rows of a block may not
+    return cache.dim() == 3 and cache.stride(2) == 1 and (cache.shape[1] == 1 or cache.stride(1) == cache.shape[2])
+
+
+def _cache_fits(q_THC: Tensor, cache: Tensor, packed: bool) -> bool:
+    if not _apart(cache) or packed != (cache.dtype == torch.uint8):
+        return False
+    if packed:
+        channels = q_THC.shape[2]
+        return any(sum(fp8_row_parts(channels, r)) == cache.shape[2] for r in range(0, channels, 2)) and cache.stride(0) % 2 == 0
+    return cache.dtype == q_THC.dtype and cache.shape[2] == q_THC.shape[2]
+
+
+def _fits(
+    q_THC: Tensor,
+    window_cache: Tensor,
+    window_table: Tensor,
+    sink_H: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    *,
+    scale: float,
+    window: int,
+    cmp_cache: Tensor | None = None,
+    cmp_table: Tensor | None = None,
+    cmp_index: Tensor | None = None,
+    ratio: int = 0,
+) -> bool:
+    if q_THC.dim() != 3 or q_THC.dtype != torch.bfloat16 or not q_THC.is_contiguous() or not q_THC.numel():
+        return False
+    tokens, heads, channels = q_THC.shape
+    batch = start_pos.shape[0]
+    packed = window_cache.dtype == torch.uint8
+    lists = cu_seqlens.shape == (batch + 1,) and cu_seqlens.dtype == start_pos.dtype == window_table.dtype == torch.int32
+    rest = sink_H.shape == (heads,) and sink_H.dtype == torch.float32 and window >= 1 and channels <= WIDEST
+    if not (lists and rest and window_table.dim() == 2 and window_table.shape[0] == batch and _cache_fits(q_THC, window_cache, packed)):
+        return False
+    if cmp_cache is None or cmp_table is None:
+        return cmp_cache is None and cmp_table is None and cmp_index is None
+    entries = ratio >= 1 and cmp_table.dtype == torch.int32 and cmp_table.dim() == 2 and cmp_table.shape[0] == batch
+    index = cmp_index is None or (cmp_index.dim() == 2 and cmp_index.shape[0] == tokens and cmp_index.dtype == torch.int32)
+    return entries and index and _cache_fits(q_THC, cmp_cache, packed)
+
+
+@sparse_attention.implement("cuda_triton", dtypes=BF16, soc=SOC, needs=[NEED], when=_fits, note=f"bf16, up to {WIDEST} channels")
+def _sparse_attention(
+    q_THC: Tensor,
+    window_cache: Tensor,
+    window_table: Tensor,
+    sink_H: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    *,
+    scale: float,
+    window: int,
+    cmp_cache: Tensor | None = None,
+    cmp_table: Tensor | None = None,
+    cmp_index: Tensor | None = None,
+    ratio: int = 0,
+) -> Tensor:
+    tokens, heads, channels = q_THC.shape
+    device, batch, packed = q_THC.device, start_pos.shape[0], window_cache.dtype == torch.uint8
+    nope, row, scale_bytes = channels, channels, 0
+    if packed:
+        nope = channels - packed_rope_dim("sparse_attention", window_cache.shape[2], channels)
+        row, scale_bytes = fp8_row_parts(channels, channels - nope)
+    kind = 0 if cmp_cache is None else 1 if cmp_index is None else 2
+    # kinds that do not have a tensor pass one that is there and is not read
+    entries, entry_table = (window_cache, window_table) if cmp_cache is None or cmp_table is None else (cmp_cache, cmp_table)
+    tables = [t.to(device).contiguous() for t in (window_table, entry_table, entry_table if cmp_index is None else cmp_index)]
+    align = min(alignment(entries, row), alignment(window_cache, row))
+    chosen = 0 if cmp_index is None else cmp_index.shape[1]
+    most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
+    launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed)
+    out = torch.empty_like(q_THC)
+    wide = power(channels, 16)
+    if launch.splits == 1:
+        parts, sums = out, sink_H
+    else:
+        parts = torch.empty(launch.splits, tokens, heads, channels, dtype=torch.float32, device=device)
+        sums = torch.empty(launch.splits, tokens, heads, 2, dtype=torch.float32, device=device)
+    kernels("attention").attend[(tokens, blocks(heads, launch.heads), launch.splits)](
+        q_THC, window_cache, tables[0], entries, tables[1], tables[2], sink_H, cu_seqlens.to(device), start_pos.to(device), parts, sums,
+        tokens, heads, batch, window, window_table.shape[1], window_cache.stride(0), entry_table.shape[1], entries.stride(0),
+        chosen, ratio, scale, CHANNELS=channels, NOPE=nope, WINDOW_PER_BLOCK=window_cache.shape[1], CMP_PER_BLOCK=entries.shape[1],
+        ROW=row, SCALES=scale_bytes, ALIGN=align, PACKED=packed, KIND=kind, BATCH=power(batch), SPLITS=launch.splits, BLOCK_H=launch.heads,
+        BLOCK_N=launch.rows, BLOCK_C=wide, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if launch.splits > 1:
+        padded = power(launch.splits)
+        block = max(min(wide, 8192 // padded), 16)
+        kernels("attention").combine[(tokens * heads, blocks(channels, block))](
+            parts, sums, sink_H, out, tokens * heads, heads, launch.splits, CHANNELS=channels, SPLITS=padded, BLOCK_C=block, num_warps=4
+        )
+    return out

@@ -1,0 +1,196 @@
+"""Attention over gathered rows, each key and value of every head, with a sink: one pass with a running softmax, and the combine.
+
+Shapes: H heads of a program, C channels, N rows of a step, S splits of the rows of a query, T tokens, k chosen entries.
+Exponents are in base 2: logits carry the factor log2(e).
+"""
+
+import triton
+import triton.language as tl
+
+from backends.cuda_triton.kernels.paged import row_offset, token_place
+
+_LOWEST = tl.constexpr(-1e30)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_rows(
+    row_N: tl.tensor,
+    scale_N: tl.tensor,
+    valid_N: tl.tensor,
+    CHANNELS: tl.constexpr,
+    NOPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr,
+) -> tl.tensor:
+    """Rows [N, C], bf16, that begin at row_N. Packed: e4m3 codes, e8m0 bytes of 64 channels each at scale_N, then bf16 rotary channels."""
+    channel_C = tl.arange(0, BLOCK_C)
+    inside_NC = valid_N[:, None]
+    if CHANNELS != BLOCK_C:
+        inside_NC = inside_NC & (channel_C < CHANNELS)[None, :]
+    if PACKED:
+        coded_NC = inside_NC & (channel_C < NOPE)[None, :]
+        code_NC = tl.load(row_N[:, None] + channel_C[None, :], mask=coded_NC, other=0)
+        byte_NC = tl.load(scale_N[:, None] + (channel_C // 64)[None, :], mask=coded_NC, other=0)
+        power_NC = (byte_NC.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        value_NC = code_NC.to(tl.float8e4nv, bitcast=True).to(tl.float32) * power_NC
+        rotary_N = (row_N + NOPE).to(tl.pointer_type(tl.bfloat16))
+        rotary_NC = tl.load(rotary_N[:, None] + (channel_C - NOPE)[None, :], mask=inside_NC & (channel_C >= NOPE)[None, :], other=0.0)
+        rows_NC = tl.where(coded_NC, value_NC, rotary_NC.to(tl.float32)).to(tl.bfloat16)
+    else:
+        rows_NC = tl.load(row_N[:, None] + channel_C[None, :], mask=inside_NC, other=0.0)
+    return rows_NC
+
+
+@triton.jit
+def _step(
+    q_HC: tl.tensor, rows_NC: tl.tensor, valid_N: tl.tensor, acc_HC: tl.tensor, top_H: tl.tensor, mass_H: tl.tensor, scale: tl.tensor
+) -> tl.tensor:
+    """One block of rows taken into the running sums. A row that is not valid gets no weight."""
+    logit_HN = tl.dot(q_HC, tl.trans(rows_NC)) * scale
+    logit_HN = tl.where(valid_N[None, :], logit_HN, float("-inf"))
+    higher_H = tl.maximum(top_H, tl.max(logit_HN, axis=1))
+    weight_HN = tl.exp2(logit_HN - higher_H[:, None])
+    shrink_H = tl.exp2(top_H - higher_H)
+    mass_H = mass_H * shrink_H + tl.sum(weight_HN, axis=1)
+    acc_HC = tl.dot(weight_HN.to(rows_NC.dtype), rows_NC, acc_HC * shrink_H[:, None])
+    return acc_HC, higher_H, mass_H
+
+
+@triton.jit
+def attend(
+    q_ptr: tl.tensor,
+    window_ptr: tl.tensor,
+    window_table_ptr: tl.tensor,
+    cmp_ptr: tl.tensor,
+    cmp_table_ptr: tl.tensor,
+    index_ptr: tl.tensor,
+    sink_ptr: tl.tensor,
+    cu_ptr: tl.tensor,
+    start_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
+    tokens: tl.tensor,
+    heads: tl.tensor,
+    batch: tl.tensor,
+    window: tl.tensor,
+    window_blocks: tl.tensor,
+    window_stride: tl.tensor,
+    cmp_blocks: tl.tensor,
+    cmp_stride: tl.tensor,
+    chosen: tl.tensor,
+    ratio: tl.tensor,
+    scale: tl.tensor,
+    CHANNELS: tl.constexpr,
+    NOPE: tl.constexpr,
+    WINDOW_PER_BLOCK: tl.constexpr,
+    CMP_PER_BLOCK: tl.constexpr,
+    ROW: tl.constexpr,
+    SCALES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PACKED: tl.constexpr,
+    KIND: tl.constexpr,
+    BATCH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """One token (program_id(0)), BLOCK_H heads (1) and one split of its rows (2): entries first, then the window.
+
+    Rows begin at multiples of ALIGN bytes.
+    KIND 0: window only, 1: all completed entries, 2: the entries of index. With one split `out` is the result; otherwise it is fp32
+    [S, T, H, C], sums that are not normalised, and `sums` [S, T, H, 2] holds the largest logit and the sum of weights.
+    """
+    token = tl.program_id(0)
+    split = tl.program_id(2)
+    sequence, position = token_place(token, cu_ptr, start_ptr, batch, BATCH)
+    head_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    channel_C = tl.arange(0, BLOCK_C)
+    at_HC = (token.to(tl.int64) * heads + head_H)[:, None] * CHANNELS + channel_C[None, :]
+    inside_HC = (head_H < heads)[:, None] & (channel_C < CHANNELS)[None, :]
+    q_HC = tl.load(q_ptr + at_HC, mask=inside_HC, other=0.0)
+    scale = scale * _LOG2E
+    recent = tl.minimum(position + 1, window)
+    first = position + 1 - recent
+    entries = 0
+    if KIND == 1:
+        entries = (position + 1) // ratio
+    if KIND == 2:
+        entries = chosen
+    rows = entries + recent
+    steps = tl.cdiv(rows, BLOCK_N)
+    share = tl.cdiv(steps, SPLITS)
+    low = split * share
+    acc_HC = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
+    top_H = tl.full((BLOCK_H,), _LOWEST, tl.float32)
+    mass_H = tl.zeros((BLOCK_H,), tl.float32)
+    window_table_ptr += sequence.to(tl.int64) * window_blocks
+    cmp_table_ptr += sequence.to(tl.int64) * cmp_blocks
+    index_ptr += token.to(tl.int64) * chosen
+    for i in range(low, tl.minimum(low + share, steps)):
+        place_N = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid_N = (place_N >= entries) & (place_N < rows)
+        at_N = row_offset(first + place_N - entries, valid_N, window_table_ptr, window_stride, ROW, WINDOW_PER_BLOCK)
+        row_N = window_ptr + at_N
+        scale_N = row_N
+        if PACKED:
+            at_N = row_offset(first + place_N - entries, valid_N, window_table_ptr, window_stride, SCALES, WINDOW_PER_BLOCK)
+            scale_N = window_ptr + at_N + WINDOW_PER_BLOCK * ROW
+        if KIND != 0:
+            entry_N = place_N
+            if KIND == 2:
+                entry_N = tl.load(index_ptr + place_N, mask=place_N < entries, other=-1)
+            is_entry_N = (place_N < entries) & (entry_N >= 0)
+            at_N = row_offset(entry_N, is_entry_N, cmp_table_ptr, cmp_stride, ROW, CMP_PER_BLOCK)
+            row_N = tl.where(is_entry_N, cmp_ptr + at_N, row_N)
+            if PACKED:
+                at_N = row_offset(entry_N, is_entry_N, cmp_table_ptr, cmp_stride, SCALES, CMP_PER_BLOCK)
+                scale_N = tl.where(is_entry_N, cmp_ptr + at_N + CMP_PER_BLOCK * ROW, scale_N)
+            valid_N = valid_N | is_entry_N
+        row_N = tl.multiple_of(row_N, ALIGN)
+        rows_NC = _load_rows(row_N, scale_N, valid_N, CHANNELS, NOPE, BLOCK_C, PACKED)
+        acc_HC, top_H, mass_H = _step(q_HC, rows_NC, valid_N, acc_HC, top_H, mass_H, scale)
+    if SPLITS == 1:
+        sink_H = tl.load(sink_ptr + head_H, mask=head_H < heads, other=0.0) * _LOG2E
+        higher_H = tl.maximum(top_H, sink_H)
+        shrink_H = tl.exp2(top_H - higher_H)
+        shrink_H = shrink_H / (mass_H * shrink_H + tl.exp2(sink_H - higher_H))
+        tl.store(out_ptr + at_HC, (acc_HC * shrink_H[:, None]).to(out_ptr.dtype.element_ty), mask=inside_HC)
+    else:
+        part = split.to(tl.int64) * tokens * heads
+        tl.store(out_ptr + part * CHANNELS + at_HC, acc_HC, mask=inside_HC)
+        sums_H = sums_ptr + (part + token.to(tl.int64) * heads + head_H) * 2
+        tl.store(sums_H, top_H, mask=head_H < heads)
+        tl.store(sums_H + 1, mass_H, mask=head_H < heads)
+
+
+@triton.jit
+def combine(
+    acc_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
+    sink_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    rows: tl.tensor,
+    heads: tl.tensor,
+    splits: tl.tensor,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """Normalise the sum of the splits of one token's head (program_id(0) of rows = T * H), with the sink in the denominator."""
+    row = tl.program_id(0).to(tl.int64)
+    split_S = tl.arange(0, SPLITS)
+    sums_S = sums_ptr + (split_S.to(tl.int64) * rows + row) * 2
+    top_S = tl.load(sums_S, mask=split_S < splits, other=_LOWEST)
+    mass_S = tl.load(sums_S + 1, mask=split_S < splits, other=0.0)
+    sink = tl.load(sink_ptr + row % heads) * _LOG2E
+    higher = tl.maximum(tl.max(top_S, axis=0), sink)
+    weight_S = tl.exp2(top_S - higher)
+    whole = tl.sum(weight_S * mass_S, axis=0) + tl.exp2(sink - higher)
+    channel_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at_SC = (split_S.to(tl.int64) * rows + row)[:, None] * CHANNELS + channel_C[None, :]
+    inside_SC = (split_S < splits)[:, None] & (channel_C < CHANNELS)[None, :]
+    acc_SC = tl.load(acc_ptr + at_SC, mask=inside_SC, other=0.0)
+    out_C = tl.sum(acc_SC * weight_S[:, None], axis=0) / whole
+    tl.store(out_ptr + row * CHANNELS + channel_C, out_C.to(out_ptr.dtype.element_ty), mask=channel_C < CHANNELS)
