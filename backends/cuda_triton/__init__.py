@@ -5,7 +5,7 @@ Each implementation has a shape rule (`when`), so that shapes that do not agree 
 
 from backends.cuda.probe import memory_available, unavailable
 from backends.cuda.probe import probe as _device_probe
-from backends.cuda_triton import attention, cache, hyper, norm
+from backends.cuda_triton import attention, cache, hyper, indexer, norm
 from backends.cuda_triton.launch import NEED
 from ops.probe import Probe
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-__all__ = ["DEVICE", "attention", "cache", "hyper", "memory_available", "norm", "probe", "unavailable"]
+__all__ = ["DEVICE", "attention", "cache", "hyper", "indexer", "memory_available", "norm", "probe", "unavailable"]
 
 DEVICE = torch.device("cuda")
 

@@ -38,10 +38,15 @@ def plan(tokens: int, heads: int, steps: int, packed: bool) -> Plan:
     """Plan of a call whose queries have up to `steps` blocks of 32 rows."""
     few = tokens <= 4
     together = min(16 if few else 64, power(heads, 16))
-    rows = 32 if few or packed else 64
+    rows = 32
     programs = tokens * blocks(heads, together)
     splits = min(blocks(_PROGRAMS, programs), blocks(steps * 32, rows), _SPLITS)
     return Plan(together, rows, splits, 8 if together == 64 else 4, 2)
+
+
+def row_bytes(channels: int, rope_dim: int) -> int:
+    """Bytes of a packed row."""
+    return sum(fp8_row_parts(channels, rope_dim))
 
 
 def alignment(cache: Tensor, row: int) -> int:
