@@ -3,18 +3,18 @@
 Each implementation has a shape rule (`when`), so that shapes that do not agree go to torch, which refuses them.
 """
 
-from backends.cuda.probe import memory_available, unavailable
-from backends.cuda.probe import probe as _device_probe
-from backends.cuda_triton import attention, cache, hyper, indexer, norm
-from backends.cuda_triton.launch import NEED
-from ops.probe import Probe
-
 import importlib.util
 from dataclasses import replace
 
 import torch
 
-__all__ = ["DEVICE", "attention", "cache", "hyper", "indexer", "memory_available", "norm", "probe", "unavailable"]
+from backends.cuda.probe import memory_available, unavailable
+from backends.cuda.probe import probe as _device_probe
+from backends.cuda_triton import attention, cache, experts, hyper, indexer, norm
+from backends.cuda_triton.launch import NEED
+from ops.probe import Probe
+
+__all__ = ["DEVICE", "attention", "cache", "experts", "hyper", "indexer", "memory_available", "norm", "probe", "unavailable"]
 
 DEVICE = torch.device("cuda")
 

@@ -16,7 +16,7 @@ NOTE = f"contiguous rows of up to {WIDEST} channels"
 
 
 def _rows_fit(x: Tensor) -> bool:
-    return x.dtype in FLOATS and x.dim() >= 2 and x.is_contiguous() and 0 < x.numel() and x.shape[-1] <= WIDEST
+    return x.dtype in FLOATS and x.dim() >= 2 and x.is_contiguous() and x.numel() > 0 and x.shape[-1] <= WIDEST
 
 
 def _tile(rows: int, width: int) -> dict[str, int]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ops.contract import CONTRACTS, Contract, Sample
 from ops.judge import golden_of, judge
 from ops.registry import load_backend, unavailable
-from tools.bench.cuda_cases import FLASH, TINY, Case, Inputs, cases
+from tools.bench.cuda_attention import cases
+from tools.bench.cuda_cases import FLASH, TINY, Case, Inputs
 from tools.bench.cuda_clock import Clock, ceilings
 
 BACKEND, PLAIN = "cuda_triton", "cuda"
@@ -84,7 +85,10 @@ def measure(case: Case, clock: Clock, ceiling: dict[str, float], baselines: bool
 
 
 def run(wanted: Sequence[str], dry: bool, say: Callable[[str], None], baselines: bool = True, budget: float = math.inf) -> dict[str, Any]:
-    """The report. wanted: ops (empty: all). budget: seconds after which no case is begun any more; those left are listed. ValueError without a device (unless `dry`), or for an op without a kernel."""
+    """The report. wanted: ops (empty: all). budget: seconds after which no case is begun any more; those left are listed.
+
+    ValueError without a device (unless `dry`), or for an op without a case.
+    """
     load_backend(BACKEND)
     load_backend(PLAIN)
     if dry:
