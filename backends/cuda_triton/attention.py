@@ -49,6 +49,11 @@ def row_bytes(channels: int, rope_dim: int) -> int:
     return sum(fp8_row_parts(channels, rope_dim))
 
 
+def unit_of(window: Tensor, entries: Tensor, row: int, scales: int) -> int:
+    """Elements that rows, their scales and blocks of both caches are multiples of."""
+    return math.gcd(row, scales, window.stride(0), entries.stride(0))
+
+
 def alignment(cache: Tensor, row: int) -> int:
     """Bytes, 16 at most, of which the address of every row of `row` elements is a multiple."""
     size = cache.element_size()
@@ -127,6 +132,7 @@ def _sparse_attention(
     entries, entry_table = (window_cache, window_table) if cmp_cache is None or cmp_table is None else (cmp_cache, cmp_table)
     tables = [t.to(device).contiguous() for t in (window_table, entry_table, entry_table if cmp_index is None else cmp_index)]
     align = min(alignment(entries, row), alignment(window_cache, row))
+    unit = unit_of(window_cache, entries, row, scale_bytes)
     chosen = 0 if cmp_index is None else cmp_index.shape[1]
     most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
     launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed)
@@ -139,9 +145,9 @@ def _sparse_attention(
         sums = torch.empty(launch.splits, tokens, heads, 2, dtype=torch.float32, device=device)
     kernels("attention").attend[(tokens, blocks(heads, launch.heads), launch.splits)](
         q_THC, window_cache, tables[0], entries, tables[1], tables[2], sink_H, cu_seqlens.to(device), start_pos.to(device), parts, sums,
-        tokens, heads, batch, window, window_table.shape[1], window_cache.stride(0), entry_table.shape[1], entries.stride(0),
+        tokens, heads, batch, window, window_table.shape[1], window_cache.stride(0) // unit, entry_table.shape[1], entries.stride(0) // unit,
         chosen, ratio, scale, CHANNELS=channels, NOPE=nope, WINDOW_PER_BLOCK=window_cache.shape[1], CMP_PER_BLOCK=entries.shape[1],
-        ROW=row, SCALES=scale_bytes, ALIGN=align, PACKED=packed, KIND=kind, BATCH=power(batch), SPLITS=launch.splits, BLOCK_H=launch.heads,
+        ROW=row, UNIT=unit, ROW_UNITS=row // unit, SCALE_UNITS=scale_bytes // unit, ALIGN=align, PACKED=packed, KIND=kind, BATCH=power(batch), SPLITS=launch.splits, BLOCK_H=launch.heads,
         BLOCK_N=launch.rows, BLOCK_C=wide, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if launch.splits > 1:

@@ -7,7 +7,7 @@ Exponents are in base 2: logits carry the factor log2(e).
 import triton
 import triton.language as tl
 
-from backends.cuda_triton.kernels.paged import row_offset, token_place
+from backends.cuda_triton.kernels.paged import row_unit, token_place
 
 _LOWEST = tl.constexpr(-1e30)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -75,9 +75,9 @@ def attend(
     batch: tl.tensor,
     window: tl.tensor,
     window_blocks: tl.tensor,
-    window_stride: tl.tensor,
+    window_units: tl.tensor,
     cmp_blocks: tl.tensor,
-    cmp_stride: tl.tensor,
+    cmp_units: tl.tensor,
     chosen: tl.tensor,
     ratio: tl.tensor,
     scale: tl.tensor,
@@ -86,7 +86,9 @@ def attend(
     WINDOW_PER_BLOCK: tl.constexpr,
     CMP_PER_BLOCK: tl.constexpr,
     ROW: tl.constexpr,
-    SCALES: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROW_UNITS: tl.constexpr,
+    SCALE_UNITS: tl.constexpr,
     ALIGN: tl.constexpr,
     PACKED: tl.constexpr,
     KIND: tl.constexpr,
@@ -98,7 +100,7 @@ def attend(
 ) -> None:
     """One token (program_id(0)), BLOCK_H heads (1) and one split of its rows (2): entries first, then the window.
 
-    Rows begin at multiples of ALIGN bytes.
+    Rows begin at multiples of ALIGN bytes; places in caches are counted in UNIT elements. 
     KIND 0: window only, 1: all completed entries, 2: the entries of index. With one split `out` is the result; otherwise it is fp32
     [S, T, H, C], sums that are not normalised, and `sums` [S, T, H, 2] holds the largest logit and the sum of weights.
     """
@@ -131,25 +133,31 @@ def attend(
     for i in range(low, tl.minimum(low + share, steps)):
         place_N = i * BLOCK_N + tl.arange(0, BLOCK_N)
         valid_N = (place_N >= entries) & (place_N < rows)
-        at_N = row_offset(first + place_N - entries, valid_N, window_table_ptr, window_stride, ROW, WINDOW_PER_BLOCK)
-        row_N = window_ptr + at_N
-        scale_N = row_N
+        unit_N = row_unit(first + place_N - entries, valid_N, window_table_ptr, window_units, ROW_UNITS, WINDOW_PER_BLOCK)
         if PACKED:
-            at_N = row_offset(first + place_N - entries, valid_N, window_table_ptr, window_stride, SCALES, WINDOW_PER_BLOCK)
-            scale_N = window_ptr + at_N + WINDOW_PER_BLOCK * ROW
+            scale_N = row_unit(first + place_N - entries, valid_N, window_table_ptr, window_units, SCALE_UNITS, WINDOW_PER_BLOCK)
         if KIND != 0:
             entry_N = place_N
             if KIND == 2:
                 entry_N = tl.load(index_ptr + place_N, mask=place_N < entries, other=-1)
             is_entry_N = (place_N < entries) & (entry_N >= 0)
-            at_N = row_offset(entry_N, is_entry_N, cmp_table_ptr, cmp_stride, ROW, CMP_PER_BLOCK)
-            row_N = tl.where(is_entry_N, cmp_ptr + at_N, row_N)
+            unit_N = tl.where(is_entry_N, row_unit(entry_N, is_entry_N, cmp_table_ptr, cmp_units, ROW_UNITS, CMP_PER_BLOCK), unit_N)
             if PACKED:
-                at_N = row_offset(entry_N, is_entry_N, cmp_table_ptr, cmp_stride, SCALES, CMP_PER_BLOCK)
-                scale_N = tl.where(is_entry_N, cmp_ptr + at_N + CMP_PER_BLOCK * ROW, scale_N)
+                entry_scale_N = row_unit(entry_N, is_entry_N, cmp_table_ptr, cmp_units, SCALE_UNITS, CMP_PER_BLOCK)
+                scale_N = tl.where(is_entry_N, entry_scale_N, scale_N)
             valid_N = valid_N | is_entry_N
+            row_N = tl.where(place_N < entries, cmp_ptr, window_ptr) + unit_N.to(tl.int64) * UNIT
+        else:
+            row_N = window_ptr + unit_N.to(tl.int64) * UNIT
         row_N = tl.multiple_of(row_N, ALIGN)
-        rows_NC = _load_rows(row_N, scale_N, valid_N, CHANNELS, NOPE, BLOCK_C, PACKED)
+        scales_N = row_N
+        if PACKED:
+            if KIND != 0:
+                scales_N = tl.where(place_N < entries, cmp_ptr + CMP_PER_BLOCK * ROW, window_ptr + WINDOW_PER_BLOCK * ROW)
+                scales_N += scale_N.to(tl.int64) * UNIT
+            else:
+                scales_N = window_ptr + WINDOW_PER_BLOCK * ROW + scale_N.to(tl.int64) * UNIT
+        rows_NC = _load_rows(row_N, scales_N, valid_N, CHANNELS, NOPE, BLOCK_C, PACKED)
         acc_HC, top_H, mass_H = _step(q_HC, rows_NC, valid_N, acc_HC, top_H, mass_H, scale)
     if SPLITS == 1:
         sink_H = tl.load(sink_ptr + head_H, mask=head_H < heads, other=0.0) * _LOG2E

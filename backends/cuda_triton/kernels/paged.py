@@ -29,3 +29,18 @@ def row_offset(
     safe_N = tl.where(valid_N, row_N, 0)
     block_N = tl.load(table_ptr + safe_N // PER_BLOCK, mask=valid_N, other=0).to(tl.int64)
     return block_N * block_stride + (safe_N % PER_BLOCK).to(tl.int64) * row_stride
+
+
+@triton.jit
+def row_unit(
+    row_N: tl.tensor,
+    valid_N: tl.tensor,
+    table_ptr: tl.tensor,
+    block_units: tl.tensor,
+    row_units: tl.tensor,
+    PER_BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """As row_offset, but int32 and counted in units that rows and blocks are multiples of: half the registers until it is used."""
+    safe_N = tl.where(valid_N, row_N, 0)
+    block_N = tl.load(table_ptr + safe_N // PER_BLOCK, mask=valid_N, other=0)
+    return block_N * block_units + safe_N % PER_BLOCK * row_units
