@@ -1,0 +1,70 @@
+"""Launch sizes that the samples are too small to reach: split rows and none, large tiles, choices in segments, scores in turns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backends.cuda_triton import attention, experts, hyper, indexer
+from ops.judge import judge
+from tests.cuda.test_kernels import impl_of, runnable, taken
+
+BF16 = torch.bfloat16
+
+
+def judged(name: str, *wanted: str, dtype: torch.dtype = BF16, seed: int = 0) -> int:
+    """Judge the samples of these names (none: all); how many there were."""
+    contract, impl = impl_of(name)
+    samples = [s for s in taken(contract, impl, dtype, seed) if not wanted or s.name in wanted]
+    for sample in samples:
+        verdict = judge(contract, runnable(contract, impl), sample)
+        assert verdict.ok, str(verdict)
+    return len(samples)
+
+
+@pytest.mark.parametrize("heads,rows,splits", [(16, 16, 1), (16, 16, 7), (64, 64, 1), (16, 32, 40)])
+def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, heads: int, rows: int, splits: int) -> None:
+    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(heads, rows, splits, 4, 2))
+    names = ("window-edges", "ragged-csa", "csa-sentinels", "hca-128", "large-sinks", "sharp", "flash-csa", "packed-csa", "packed-hca")
+    assert judged("sparse_attention", *names) == len(names)
+
+
+def test_a_plan_splits_few_queries_and_leaves_many_whole() -> None:
+    assert attention.plan(1, 64, 20, False).splits == 20
+    assert attention.plan(128, 64, 20, False).splits == attention.plan(4096, 64, 20, False).splits == 1
+    assert attention.plan(1, 3, 1, False).splits == 1
+
+
+def test_choices_of_long_rows_go_through_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    run = indexer.kernels("indexer").choose.run
+
+    def counting(*args: object, grid: tuple[int, ...], **kwargs: object) -> object:
+        counted.append(grid[0])
+        return run(*args, grid=grid, **kwargs)
+
+    monkeypatch.setattr(indexer, "_SEGMENT", 16)
+    monkeypatch.setattr(indexer.kernels("indexer").choose, "run", counting)
+    names = ("decode", "chunk", "ties", "ties-equal", "ties-fp4", "fp8-keys", "ragged")
+    assert judged("index_topk", *names) >= 6
+    assert max(counted) > 2 and counted.count(1) >= 6
+
+
+def test_scores_are_taken_in_turns_where_they_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexer, "_SCRATCH", 256)
+    monkeypatch.setattr(indexer, "_TOGETHER", 4)
+    assert judged("index_topk", "ragged", "odd", "around-topk", "fp8-keys") == 4
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("op", ["grouped_experts", "grouped_experts_fp4"])
+def test_experts_with_tiles_of_either_height(monkeypatch: pytest.MonkeyPatch, op: str, rows: int) -> None:
+    sizes = {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    monkeypatch.setattr(experts, "_plan", lambda *counts: dict(sizes))
+    assert judged(op, "many", "many-plain", "all-on-one", "odd", "one") >= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_mixes_of_many_tokens(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(hyper, "_split", lambda tokens, wide: {"rows": 64, "block": 64, "chunk": 64, "splits": -(-wide // 64)})
+    assert judged("hc_pre", "odd-unit", "odd-huge", "two-tiny", "steep", dtype=dtype) == 4
