@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_CUDA ?= .venv-cuda
 JOBS ?= auto
 # extra pip arguments for torch, for instance: make setup TORCH_PIP="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_PIP ?=
@@ -15,15 +16,18 @@ TOKENS ?= 48
 BIN := $(VENV)/bin
 TORCH := $(VENV)/.torch-installed
 READY := $(VENV)/.ready
+CUDA_BIN := $(VENV_CUDA)/bin
+CUDA_READY := $(VENV_CUDA)/.ready
 NANO := build/nano
 
-.PHONY: help setup demo test test-all parity-nightly lint bench clean
+.PHONY: help setup demo test test-all test-cuda-cpu parity-nightly lint bench clean
 
 help:
 	@echo "make demo      make a small random model in the hub's format and let it generate tokens"
 	@echo "make test      fast tests (under 10 minutes on 2 cores)"
 	@echo "make test-all  every test"
 	@echo "make parity-nightly  100,000 judged cases, mutants on 20 seeds, legal variants on 50"
+	@echo "make test-cuda-cpu  Triton kernels under Triton's interpreter and compiled for sm_90a, without a GPU; in $(VENV_CUDA)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     CPU timings beside transformers (long)"
 	@echo "make setup     only the environment, in $(VENV)"
@@ -55,6 +59,17 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m ""
+
+$(CUDA_READY): constraints-cuda.txt setup.cfg
+	@test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(VENV_CUDA)
+	$(CUDA_BIN)/python -m pip install --quiet $(TORCH_PIP) "$$(grep -E '^torch==' constraints-cuda.txt)"
+	$(CUDA_BIN)/python -m pip install --quiet -c constraints-cuda.txt triton numpy pyyaml safetensors tokenizers tqdm jinja2 pytest pytest-timeout pytest-xdist hypothesis
+	@touch $@
+
+test-cuda-cpu: $(CUDA_READY)
+	$(CUDA_BIN)/python -m pytest -q -n $(JOBS) tests/cuda
+	$(CUDA_BIN)/python -m tools.cuda_aot --markdown docs/cuda-kernels.md --check
+	$(CUDA_BIN)/python -m tools.bench cuda --dry-run
 
 parity-nightly: $(READY)
 	$(BIN)/v4 parity --samples 520 --min-cases 100000 --mutant-seeds 20 --legal-seeds 50 --html build/parity.html --json build/parity.json --overwrite

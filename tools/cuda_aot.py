@@ -132,7 +132,8 @@ def table(ops: Sequence[str] = ()) -> list[Row]:
     for call in calls():
         if ops and call.op not in ops:
             continue
-        impl, found = CONTRACTS[call.op].impls["cuda_triton"], []
+        impl = CONTRACTS[call.op].impls["cuda_triton"]
+        found: list[tuple[str, tuple[int, ...], Any]] = []
         if impl.when is None or not impl.when(*call.args, **call.kwargs):
             raise ValueError(f"{call.op}, {call.name}: the shape rule refuses it")
         with compiling(found):

@@ -77,6 +77,15 @@ def _experts(tokens: int, fp4: bool) -> MetaCall:
     return MetaCall("grouped_experts_fp4", f"T={tokens}", (*given, *w13, *w2), {"limit": 10.0})
 
 
+def _compress(name: str, batch: int, new: int, ratio: int, channels: int) -> MetaCall:
+    w, tokens = (2 if ratio == 4 else 1) * channels, batch * new
+    entries = max(tokens // ratio, 1)
+    weights = (_t(w, 4096), _t(w, 4096), _t(ratio, w, dtype=_FP32), _t(channels))
+    angles = (_t(entries, 32, dtype=_FP32), _t(entries, 32, dtype=_FP32))
+    state = (_t(99, _P, 2 * w, dtype=_FP32), _t(batch, 64, dtype=_INT), _t(batch + 1, dtype=_INT), _t(batch, dtype=_INT))
+    return MetaCall("compress", f"{name}, ratio {ratio} x {channels}", (_t(tokens, 4096), *weights, *angles, *state), {"ratio": ratio, "eps": 1e-6})
+
+
 def calls() -> Iterator[MetaCall]:
     """Decode of one and of 128 requests, and prefill, of every op."""
     for tokens in (1, 128, 4096):
@@ -89,6 +98,9 @@ def calls() -> Iterator[MetaCall]:
     for name, batch, new in (("decode T=1", 1, 1), ("decode T=128", 128, 1), ("prefill T=4096", 1, 4096)):
         for packed in (False, True):
             yield _index(f"{'FP8' if packed else 'bf16'} keys, {name}", batch, new, packed)
+    for name, batch, new in (("decode T=1", 1, 1), ("decode T=128", 128, 1), ("prefill T=4096", 1, 4096)):
+        for ratio in (4, 128):
+            yield _compress(name, batch, new, ratio, 512)
     for fp4 in (False, True):
         for tokens in (1, 128, 4096):
             yield _experts(tokens, fp4)

@@ -145,10 +145,11 @@ def _sparse_attention(
         sums = torch.empty(launch.splits, tokens, heads, 2, dtype=torch.float32, device=device)
     kernels("attention").attend[(tokens, blocks(heads, launch.heads), launch.splits)](
         q_THC, window_cache, tables[0], entries, tables[1], tables[2], sink_H, cu_seqlens.to(device), start_pos.to(device), parts, sums,
-        tokens, heads, batch, window, window_table.shape[1], window_cache.stride(0) // unit, entry_table.shape[1], entries.stride(0) // unit,
-        chosen, ratio, scale, CHANNELS=channels, NOPE=nope, WINDOW_PER_BLOCK=window_cache.shape[1], CMP_PER_BLOCK=entries.shape[1],
-        ROW=row, UNIT=unit, ROW_UNITS=row // unit, SCALE_UNITS=scale_bytes // unit, ALIGN=align, PACKED=packed, KIND=kind, BATCH=power(batch), SPLITS=launch.splits, BLOCK_H=launch.heads,
-        BLOCK_N=launch.rows, BLOCK_C=wide, num_warps=launch.warps, num_stages=launch.stages,
+        tokens, heads, batch, window, window_table.shape[1], window_cache.stride(0) // unit, entry_table.shape[1],
+        entries.stride(0) // unit, chosen, ratio, scale, CHANNELS=channels, NOPE=nope, WINDOW_PER_BLOCK=window_cache.shape[1],
+        CMP_PER_BLOCK=entries.shape[1], ROW=row, UNIT=unit, ROW_UNITS=row // unit, SCALE_UNITS=scale_bytes // unit, ALIGN=align,
+        PACKED=packed, KIND=kind, BATCH=power(batch), SPLITS=launch.splits, BLOCK_H=launch.heads, BLOCK_N=launch.rows, BLOCK_C=wide,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if launch.splits > 1:
         padded = power(launch.splits)

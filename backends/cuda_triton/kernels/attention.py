@@ -100,7 +100,7 @@ def attend(
 ) -> None:
     """One token (program_id(0)), BLOCK_H heads (1) and one split of its rows (2): entries first, then the window.
 
-    Rows begin at multiples of ALIGN bytes; places in caches are counted in UNIT elements. 
+    Rows begin at multiples of ALIGN bytes; places in caches are counted in UNIT elements.
     KIND 0: window only, 1: all completed entries, 2: the entries of index. With one split `out` is the result; otherwise it is fp32
     [S, T, H, C], sums that are not normalised, and `sums` [S, T, H, 2] holds the largest logit and the sum of weights.
     """
