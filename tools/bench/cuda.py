@@ -56,6 +56,23 @@ def _sets(case: Case, first: Inputs, g: torch.Generator) -> list[Inputs]:
     return [first, *(case.make(g) for _ in range(wanted - 1))]
 
 
+def _baselines(contract: Contract, case: Case, inputs: Inputs, clock: Clock) -> dict[str, Any]:
+    """Seconds of plain torch, called from Python and compiled; what can not be captured is said instead."""
+    plain = contract.impls[PLAIN].fn
+    found: dict[str, Any] = {"eager_seconds": clock.eager(lambda: plain(*inputs.args, **inputs.kwargs))}
+    if case.compiled:
+        torch._dynamo.reset()
+        compiled = torch.compile(plain, dynamic=False, backend="inductor" if clock.real else "eager")
+        call = lambda: compiled(*inputs.args, **inputs.kwargs)  # noqa: E731
+        try:
+            found["compiled_seconds"] = clock.cold(call) if case.prefill else clock.replayed([call] * 8)
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            found["compiled_refused"] = str(error).splitlines()[0]
+            if clock.real:
+                torch.cuda.synchronize()
+    return found
+
+
 def measure(case: Case, clock: Clock, ceiling: dict[str, float], baselines: bool) -> dict[str, Any]:
     """One row of the report. ValueError when the result is wrong or the kernel does not take the case."""
     contract = CONTRACTS[case.op]
@@ -74,13 +91,7 @@ def measure(case: Case, clock: Clock, ceiling: dict[str, float], baselines: bool
         "share": floor / seconds, **work, "worst_error_over_bound": worst, "input_sets": len(sets), "way": "cold" if case.prefill else "graph",
     }  # fmt: skip
     if baselines:
-        plain = contract.impls[PLAIN].fn
-        row["eager_seconds"] = clock.eager(lambda: plain(*inputs.args, **inputs.kwargs))
-        if case.compiled:
-            compiled = torch.compile(plain, dynamic=False, backend="inductor" if clock.real else "eager")
-            torch._dynamo.reset()
-            timed = clock.cold if case.prefill else (lambda call: clock.replayed([call] * 8))
-            row["compiled_seconds"] = timed(lambda: compiled(*inputs.args, **inputs.kwargs))
+        row.update(_baselines(contract, case, inputs, clock))
     return row
 
 
