@@ -32,6 +32,8 @@ class Plan:
     splits: int
     warps: int
     stages: int
+    placed: bool = False
+    """Whether a kernel of its own finds the rows of chosen entries first."""
 
 
 def plan(tokens: int, heads: int, steps: int, packed: bool) -> Plan:
@@ -133,9 +135,13 @@ def _sparse_attention(
     tables = [t.to(device).contiguous() for t in (window_table, entry_table, entry_table if cmp_index is None else cmp_index)]
     align = min(alignment(entries, row), alignment(window_cache, row))
     unit = unit_of(window_cache, entries, row, scale_bytes)
+    cu, start = cu_seqlens.to(device), start_pos.to(device)
     chosen = 0 if cmp_index is None else cmp_index.shape[1]
     most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
     launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed)
+    listed = tables[2]
+    if launch.placed and kind == 2 and not packed:
+        kind, listed = 3, _places(tables, cu, start, window_cache, entries, chosen, window, unit, row)
     out = torch.empty_like(q_THC)
     wide = power(channels, 16)
     if launch.splits == 1:
@@ -144,12 +150,12 @@ def _sparse_attention(
         parts = torch.empty(launch.splits, tokens, heads, channels, dtype=torch.float32, device=device)
         sums = torch.empty(launch.splits, tokens, heads, 2, dtype=torch.float32, device=device)
     kernels("attention").attend[(tokens, blocks(heads, launch.heads), launch.splits)](
-        q_THC, window_cache, tables[0], entries, tables[1], tables[2], sink_H, cu_seqlens.to(device), start_pos.to(device), parts, sums,
+        q_THC, window_cache, tables[0], entries, tables[1], listed, sink_H, cu, start, parts, sums,
         tokens, heads, batch, window, window_table.shape[1], window_cache.stride(0) // unit, entry_table.shape[1],
         entries.stride(0) // unit, chosen, ratio, scale, CHANNELS=channels, NOPE=nope, WINDOW_PER_BLOCK=window_cache.shape[1],
         CMP_PER_BLOCK=entries.shape[1], ROW=row, UNIT=unit, ROW_UNITS=row // unit, SCALE_UNITS=scale_bytes // unit, ALIGN=align,
-        PACKED=packed, KIND=kind, BATCH=power(batch), SPLITS=launch.splits, BLOCK_H=launch.heads, BLOCK_N=launch.rows, BLOCK_C=wide,
-        num_warps=launch.warps, num_stages=launch.stages,
+        PACKED=packed, KIND=kind, BATCH=power(batch), SPLITS=launch.splits, BLOCK_H=launch.heads, BLOCK_N=launch.rows,
+        BLOCK_C=power(nope, 16), BLOCK_R=power(channels - nope, 16), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if launch.splits > 1:
         padded = power(launch.splits)
@@ -157,4 +163,19 @@ def _sparse_attention(
         kernels("attention").combine[(tokens * heads, blocks(channels, block))](
             parts, sums, sink_H, out, tokens * heads, heads, launch.splits, CHANNELS=channels, SPLITS=padded, BLOCK_C=block, num_warps=4
         )
+    return out
+
+
+def _places(
+    tables: list[Tensor], cu: Tensor, start: Tensor, window_cache: Tensor, entries: Tensor, chosen: int, window: int, unit: int, row: int
+) -> Tensor:
+    """Where the rows of every token begin [T, k + window], -1 where there is none."""
+    window_table, entry_table, index = tables
+    tokens, batch, block = index.shape[0], start.shape[0], 256
+    out = torch.empty(tokens, chosen + window, dtype=torch.int32, device=index.device)
+    kernels("attention").places[(tokens, blocks(chosen + window, block))](
+        index, window_table, entry_table, cu, start, out, batch, window, window_table.shape[1], window_cache.stride(0) // unit,
+        entry_table.shape[1], entries.stride(0) // unit, chosen, WINDOW_PER_BLOCK=window_cache.shape[1], CMP_PER_BLOCK=entries.shape[1],
+        ROW_UNITS=row // unit, BATCH=power(batch), BLOCK=block, num_warps=2,
+    )  # fmt: skip
     return out

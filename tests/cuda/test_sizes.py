@@ -22,9 +22,9 @@ def judged(name: str, *wanted: str, dtype: torch.dtype = BF16, seed: int = 0) ->
     return len(samples)
 
 
-@pytest.mark.parametrize("heads,rows,splits", [(16, 16, 1), (16, 16, 7), (64, 64, 1), (16, 32, 40)])
-def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, heads: int, rows: int, splits: int) -> None:
-    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(heads, rows, splits, 4, 2))
+@pytest.mark.parametrize("heads,rows,splits,placed", [(16, 16, 1, False), (16, 16, 7, True), (64, 64, 1, True), (16, 32, 40, False)])
+def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, heads: int, rows: int, splits: int, placed: bool) -> None:
+    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(heads, rows, splits, 4, 2, placed))
     names = ("window-edges", "ragged-csa", "csa-sentinels", "hca-128", "large-sinks", "sharp", "flash-csa", "packed-csa", "packed-hca")
     assert judged("sparse_attention", *names) == len(names)
 
