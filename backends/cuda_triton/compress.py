@@ -88,7 +88,7 @@ def _compress(
     out = torch.empty(entries, c, dtype=x_TD.dtype, device=device)
     place = (table.shape[1], per_block, w)
     if entries:
-        step = min(power(2 * ratio if w > c else ratio), 16)
+        step = min(power(2 * ratio if w > c else ratio), 8)
         module.pool[(entries,)](
             rows, ape, norm_weight, cos_ER2, sin_ER2, state, table, cu, start, out, tokens, batch, *place, pairs, eps, RATIO=ratio,
             OVERLAP=w > c, ENTRY=c, SPLITS=splits, BATCH=power(batch + 1), STEP=step, BLOCK_C=power(c, 16), num_warps=8,

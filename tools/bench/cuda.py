@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ops.contract import CONTRACTS, Contract, Sample
 from ops.judge import golden_of, judge
-from ops.registry import load_backend, unavailable
+from ops.registry import load_backend, on_device, unavailable
 from tools.bench.cuda_attention import cases
 from tools.bench.cuda_cases import FLASH, TINY, Case, Inputs
 from tools.bench.cuda_clock import Clock, ceilings
@@ -26,17 +26,17 @@ def _tensors(inputs: Inputs) -> list[Tensor]:
     return [v for v in (*inputs.args, *inputs.kwargs.values()) if isinstance(v, Tensor)]
 
 
-def verify(contract: Contract, case: Case, inputs: Inputs, found: Any) -> float:
+def verify(contract: Contract, case: Case, inputs: Inputs, found: Any, device: torch.device) -> float:
     """Judge the result for the first, middle and last token; the largest error / bound. ValueError when it is wrong."""
     tokens = sorted({0, case.tokens // 2, case.tokens - 1})
     part, outputs = case.part(inputs, tokens)
-    given = outputs(found)
     sample = Sample(case.name, part.args, part.kwargs)
-
-    def answer(*args: Any, **kwargs: Any) -> list[Tensor]:
-        return given
-
-    verdict = judge(contract, answer, sample, golden=golden_of(contract, sample))
+    if outputs is None:
+        fn = contract.impls[BACKEND].fn
+        verdict = judge(contract, on_device(fn, contract, device) if device.type == "cuda" else fn, sample)
+    else:
+        given = outputs(found)
+        verdict = judge(contract, lambda *args, **kwargs: given, sample, golden=golden_of(contract, sample))
     if not verdict.ok:
         raise ValueError(f"{case.name} is wrong: {verdict}")
     return verdict.worst
@@ -81,7 +81,7 @@ def measure(case: Case, clock: Clock, ceiling: dict[str, float], baselines: bool
     inputs = case.make(g)
     if impl.when is None or not impl.when(*inputs.args, **inputs.kwargs):
         raise ValueError(f"{case.name}: the shape rule of {BACKEND} refuses it; nothing to measure")
-    worst = verify(contract, case, inputs, impl.fn(*inputs.args, **inputs.kwargs))
+    worst = verify(contract, case, inputs, impl.fn(*inputs.args, **inputs.kwargs), clock.device)
     sets = _sets(case, inputs, g)
     calls: list[Callable[[], Any]] = [lambda i=i: impl.fn(*i.args, **i.kwargs) for i in sets]  # type: ignore[misc]
     seconds = clock.cold(calls[0]) if case.prefill else clock.replayed([calls[i % len(calls)] for i in range(8)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tools.bench.cuda_cases import BLOCK, TINY, Case, Inputs, Widths, batch_of, host, pool, randn, rowwise, single
+from tools.bench.cuda_compress import compress
 from tools.bench.cuda_experts import experts, index
 
 
@@ -110,12 +111,15 @@ def cases(w: Widths, dry: bool) -> list[Case]:
             attention(w, "csa", 2, 1, 40, packed=True),
             index(w, 2, 1, 40, False),
             index(w, 1, 5, 200, True),
+            compress(w, 3, 1, 4),
+            compress(w, 1, 9, 128),
             experts(w, "grouped_experts", 3),
             experts(w, "grouped_experts_fp4", 3),
         ]
     found = [attention(w, "csa", batch, 1, context) for batch in (1, 32, 128) for context in (4096, 131072)]
     found += [attention(w, "csa", 1, 4096, 4096), index(w, 1, 1, 131072, False), index(w, 128, 1, 131072, True), index(w, 1, 4096, 4096, True)]
     found += [experts(w, "grouped_experts_fp4", tokens) for tokens in (1, 32, 128, 4096)]
+    found += [compress(w, batch, new, ratio) for batch, new in ((1, 1), (128, 1), (1, 4096)) for ratio in (4, 128)]
     found += [c for tokens in (1, 128, 4096) for c in rowwise(w, tokens, tokens > 1000)]
     found += [attention(w, "csa", 128, 1, 131072, packed=True), attention(w, "csa", 1, 1, 1 << 20), attention(w, "hca", 1, 1, 1 << 20)]
     found += [index(w, 1, 1, 1 << 20, packed) for packed in (False, True)]

@@ -27,13 +27,17 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. make(g): a fresh set of inputs; part(inputs, tokens): the same call for a few of its tokens, on the host."""
+    """One measurement. make(g): a fresh set of inputs.
+
+    part(inputs, tokens): the same call for a few of its tokens, on the host, and how to take their results from those of the whole
+    call; None where the kernel has to run the part anew (an op that writes to its arguments).
+    """
 
     op: str
     name: str
     tokens: int
     make: Callable[[torch.Generator], Inputs]
-    part: Callable[[Inputs, Sequence[int]], tuple[Inputs, Callable[[Any], list[Tensor]]]]
+    part: Callable[[Inputs, Sequence[int]], tuple[Inputs, Callable[[Any], list[Tensor]] | None]]
     prefill: bool
     compiled: bool
 
