@@ -72,7 +72,7 @@ def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
 def vendor_at_import(package: str, tree: ast.Module) -> Iterator[str]:
     for node in _outside_functions(tree):
         for name in imported(node):
-            if name.split(".")[0] in VENDOR or ".kernels" in name:
+            if name.split(".")[0] in VENDOR or ".kernels." in name:
                 yield f"imports {name} when it is imported itself; import it inside the function that needs it"
 
 
