@@ -5,6 +5,8 @@ Shapes as in ops/experts.py and ops/experts_quant.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,8 +52,8 @@ def _run(
     return y
 
 
-def _rows_fit(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> bool:
-    if rows_AD.dtype != torch.bfloat16 or rows_AD.dim() != 2 or not rows_AD.numel() or w13.dim() != 3 or w2.dim() != 3:
+def _rows_fit(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, limit: float) -> bool:
+    if not (math.isfinite(limit) and limit > 0) or rows_AD.dtype != torch.bfloat16 or rows_AD.dim() != 2 or not rows_AD.numel() or w13.dim() != 3 or w2.dim() != 3:
         return False
     lists = row_weight_A.shape == rows_AD.shape[:1] and row_weight_A.dtype == torch.float32 and counts_E.dtype == torch.int64
     experts = counts_E.shape == w13.shape[:1] and w13.shape[0] == w2.shape[0] and w13.shape[1] > 0 and w13.shape[1] % 2 == 0
@@ -60,7 +62,7 @@ def _rows_fit(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tens
 
 def _dense_fits(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> bool:
     types = w13.dtype == w2.dtype == torch.bfloat16
-    return types and _rows_fit(rows_AD, row_weight_A, counts_E, w13, w2) and (
+    return types and _rows_fit(rows_AD, row_weight_A, counts_E, w13, w2, limit) and (
         w13.shape[2] == rows_AD.shape[1] and w2.shape[1:] == (rows_AD.shape[1], w13.shape[1] // 2)
     )  # fmt: skip
 
@@ -84,7 +86,7 @@ def _fp4_fits(
     limit: float,
     quantize: bool = True,
 ) -> bool:
-    if not _rows_fit(rows_AD, row_weight_A, counts_E, w13, w2) or not w13.dtype == w2.dtype == torch.uint8:
+    if not _rows_fit(rows_AD, row_weight_A, counts_E, w13, w2, limit) or not w13.dtype == w2.dtype == torch.uint8:
         return False
     (experts, twice, packed), width = w13.shape, rows_AD.shape[1]
     inner = twice // 2
