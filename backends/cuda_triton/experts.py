@@ -53,7 +53,9 @@ def _run(
 
 
 def _rows_fit(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, limit: float) -> bool:
-    if not (math.isfinite(limit) and limit > 0) or rows_AD.dtype != torch.bfloat16 or rows_AD.dim() != 2 or not rows_AD.numel() or w13.dim() != 3 or w2.dim() != 3:
+    if not (math.isfinite(limit) and limit > 0):
+        return False
+    if rows_AD.dtype != torch.bfloat16 or rows_AD.dim() != 2 or not rows_AD.numel() or w13.dim() != 3 or w2.dim() != 3:
         return False
     lists = row_weight_A.shape == rows_AD.shape[:1] and row_weight_A.dtype == torch.float32 and counts_E.dtype == torch.int64
     experts = counts_E.shape == w13.shape[:1] and w13.shape[0] == w2.shape[0] and w13.shape[1] > 0 and w13.shape[1] % 2 == 0
