@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from backends.cuda_triton import attention, experts, hyper, indexer
+from ops.experts_math import roundtrip_activation
 from ops.judge import judge
 from tests.cuda.test_kernels import impl_of, runnable, taken
 
@@ -68,3 +69,18 @@ def test_experts_with_tiles_of_either_height(monkeypatch: pytest.MonkeyPatch, op
 def test_mixes_of_many_tokens(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(hyper, "_split", lambda tokens, wide: {"rows": 64, "block": 64, "chunk": 64, "splits": -(-wide // 64)})
     assert judged("hc_pre", "odd-unit", "odd-huge", "two-tiny", "steep", dtype=dtype) == 4
+
+
+def test_rows_are_rounded_to_float8_as_the_reference_rounds_them() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 256, generator=g) * torch.logspace(-5, 4, 64)[:, None]
+    # largest values at, just above and just below the power of two that 448 fits into
+    for i, top in enumerate((448.0, 450.0, 446.0, 1.75, 1.7578125, 1.7421875, 0.0, 1e-4)):
+        x[i] = x[i] / x[i].abs().amax() * top * 0.9
+        x[i, [3, 130]] = top
+    x = x.bfloat16()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = torch.empty_like(x, device=device)
+    experts.kernels("experts").prepare[(64, 1)](x.to(device), out, 256, QUANTIZE=True, BLOCK=256, num_warps=4)
+    expected = roundtrip_activation(x, torch.float64)
+    assert torch.equal(out.cpu().double(), torch.cat((expected[:, 0::2], expected[:, 1::2]), dim=1))

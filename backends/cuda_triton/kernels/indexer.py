@@ -88,8 +88,7 @@ def scores(
 
 @triton.jit
 def _ordered(score_E: tl.tensor) -> tl.tensor:
-    """Integers that order as the scores do; both zeros are one."""
-    score_E = tl.where(score_E == 0.0, 0.0, score_E)
+    """Integers that order as the scores do. Sums that begin with 0 are never -0, which would order below it."""
     bits_E = score_E.to(tl.int32, bitcast=True)
     return tl.where(bits_E < 0, bits_E ^ 0x7FFFFFFF, bits_E)
 
