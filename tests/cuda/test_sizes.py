@@ -78,6 +78,8 @@ def test_rows_are_rounded_to_float8_as_the_reference_rounds_them() -> None:
     for i, top in enumerate((448.0, 450.0, 446.0, 1.75, 1.7578125, 1.7421875, 0.0, 1e-4)):
         x[i] = x[i] / x[i].abs().amax() * top * 0.9
         x[i, [3, 130]] = top
+        # subnormal codes, whose steps show by how much was scaled
+        x[i, 4:100] = top * 2.0**-16 * torch.randn(96, generator=g)
     x = x.bfloat16()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = torch.empty_like(x, device=device)
