@@ -40,10 +40,11 @@ def plan(tokens: int, heads: int, steps: int, packed: bool) -> Plan:
     """Plan of a call whose queries have up to `steps` blocks of 32 rows."""
     few = tokens <= 4
     together = min(16 if few else 64, power(heads, 16))
-    rows = 32
     programs = tokens * blocks(heads, together)
-    splits = min(blocks(_PROGRAMS, programs), blocks(steps * 32, rows), _SPLITS)
-    return Plan(together, rows, splits, 8 if together == 64 else 4, 2)
+    # small programs share a multiprocessor
+    splits = min(blocks(2 * _PROGRAMS if few else _PROGRAMS, programs), steps, _SPLITS)
+    # three stages: an index and a table entry are read before the row that they name
+    return Plan(together, 32, max(splits, 1), 8 if together == 64 else 4, 3, placed=not few and not packed)
 
 
 def row_bytes(channels: int, rope_dim: int) -> int:
