@@ -29,8 +29,14 @@ SHARED_LIMIT = 227 * 1024
 MATRIX = ("QGMMA", "HGMMA", "HMMA")
 COPIES = ("UTMALDG", "LDGSTS")
 
-ALLOWED_SPILLS: dict[str, int] = {}
-"""Kernel -> bytes of a thread's stack that are known, with the reason beside it."""
+ALLOWED_SPILLS: dict[str, int] = {
+    # 64 heads x 512 channels of sums and the rows of two steps fill the registers; fewer rows a step would cost more
+    "sparse_attention, all entries, decode T=128": 16,
+    "sparse_attention, all entries, prefill T=4096": 16,
+    # decoding goes through registers besides
+    "sparse_attention, chosen entries packed, decode T=128": 160,
+}
+"""Call -> bytes of a thread's stack that are known."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,8 @@ def complaints(rows: Sequence[Row]) -> list[str]:
     """What is wrong with the rows by themselves."""
     found = []
     for r in rows:
-        if r.spills > ALLOWED_SPILLS.get(r.kernel, 0):
-            found.append(f"{r.kernel} ({r.call}): {r.spills} bytes of spills, allowed {ALLOWED_SPILLS.get(r.kernel, 0)}")
+        if r.spills > ALLOWED_SPILLS.get(r.call, 0):
+            found.append(f"{r.kernel} ({r.call}): {r.spills} bytes of spills, allowed {ALLOWED_SPILLS.get(r.call, 0)}")
         if r.shared > SHARED_LIMIT:
             found.append(f"{r.kernel} ({r.call}): {r.shared} bytes of shared memory, a multiprocessor has {SHARED_LIMIT}")
     return found
