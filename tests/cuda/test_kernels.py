@@ -30,7 +30,11 @@ def impl_of(name: str) -> tuple[Contract, Impl]:
 
 def taken(contract: Contract, impl: Impl, dtype: torch.dtype, seed: int) -> list[Sample]:
     assert impl.when is not None, "without a shape rule there is nothing behind this backend"
-    return [s for s in contract.samples(dtype, seed) if impl.when(*s.args, **s.kwargs)]
+    samples = [s for s in contract.samples(dtype, seed) if impl.when(*s.args, **s.kwargs)]
+    if not torch.cuda.is_available() and contract.name.startswith("hc_"):
+        # 300 tokens of 8 channels: minutes in the interpreter, and no size that the others lack
+        samples = [s for s in samples if "many" not in s.tags]
+    return samples
 
 
 def runnable(contract: Contract, impl: Impl):

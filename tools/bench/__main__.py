@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     cuda.add_argument("--dry-run", action="store_true", help="every path on the CPU, under Triton's interpreter, at tiny sizes")
     cuda.add_argument("--no-baselines", action="store_true", help="without torch eager and torch.compile")
     cuda.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun; default: none")
+    cuda.add_argument("--render", type=Path, help="measure nothing: the tables of a report that --json wrote, perhaps elsewhere")
     for verb in (cpu, trace, cuda):
         verb.add_argument("--threads", type=int, help="default: what torch chooses")
         verb.add_argument("--json", type=Path, help="write the report here")
@@ -68,6 +69,12 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _cuda(args: argparse.Namespace) -> int:
+    if args.render:
+        from tools.bench import cuda_table
+
+        report = json.loads(args.render.read_text(encoding="utf-8"))
+        _publish(args, report, cuda_table.MARK, cuda_table.markdown(report))
+        return 1 if report["failed"] else 0
     if args.dry_run:
         # Triton decides when it is imported whether functions are interpreted
         os.environ["TRITON_INTERPRET"] = "1"

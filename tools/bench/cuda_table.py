@@ -32,6 +32,6 @@ def markdown(report: dict[str, Any]) -> str:
             f"{_times(r, 'eager_seconds')} | {_times(r, 'compiled_seconds')} | {r['worst_error_over_bound']:.2f} |"
         )
     lines += [f"\nFAILED {f['case']}: {f['error']}" for f in report["failed"]]
-    if report["not_run"]:
+    if report.get("not_run"):
         lines.append(f"\nNot run, the time given was over: {', '.join(report['not_run'])}.")
     return "\n".join(lines) + "\n"
