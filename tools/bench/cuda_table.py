@@ -20,7 +20,7 @@ def markdown(report: dict[str, Any]) -> str:
     c = report["ceilings"]
     rates = ", ".join(f"{k} {c[k] / 1e12:.0f} TFLOP/s" for k in ("bf16", "tf32", "fp8"))
     lines = [
-        f"{report['device']}, torch {report['torch']}; measured in the same run: copy {c['bytes'] / 1e12:.2f} TB/s, {rates}, "
+        f"{report['device']}, torch {report['torch']}; measured in the same run: reading and writing {c['bytes'] / 1e12:.2f} TB/s, {rates}, "
         f"{c['launch'] * 1e6:.2f} us per small kernel of a graph.",
         "",
         "| case | us | floor us | bound | share of floor | torch eager / ours | torch.compile / ours | error/bound |",
