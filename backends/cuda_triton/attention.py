@@ -21,6 +21,8 @@ WIDEST = 512
 _PROGRAMS = 128
 """Programs below which the rows of a query are split, about one a multiprocessor."""
 _SPLITS = 128
+_SHORT = 64
+"""Blocks of 32 rows up to which few queries are cut into single blocks."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,19 @@ class Plan:
 
 
 def plan(tokens: int, heads: int, steps: int, packed: bool) -> Plan:
-    """Plan of a call whose queries have up to `steps` blocks of 32 rows."""
-    few = tokens <= 4
-    together = min(16 if few else 64, power(heads, 16))
-    programs = tokens * blocks(heads, together)
-    # small programs share a multiprocessor
-    splits = min(blocks(2 * _PROGRAMS if few else _PROGRAMS, programs), steps, _SPLITS)
+    """Plan of a call whose queries have up to `steps` blocks of 32 rows. Chosen by measurement on an H100 (docs/cuda-kernels.md)."""
+    if tokens <= 4 and steps <= _SHORT:
+        # one block of rows a program: nothing is left to overlap, and small programs share a multiprocessor
+        together = min(16, power(heads, 16))
+        splits = min(blocks(2 * _PROGRAMS, tokens * blocks(heads, together)), steps, _SPLITS)
+        return Plan(together, 32, max(splits, 1), 4, 2)
+    together = min(64, power(heads, 16))
+    warps = 8 if together == 64 else 4
+    splits = max(min(blocks(_PROGRAMS, tokens * blocks(heads, together)), steps, _SPLITS), 1)
+    if packed:
+        return Plan(together, 64, min(splits, blocks(steps, 2)), warps, 2)
     # three stages: an index and a table entry are read before the row that they name
-    return Plan(together, 32, max(splits, 1), 8 if together == 64 else 4, 3, placed=not few and not packed)
+    return Plan(together, 64, 1, warps, 3, placed=True) if splits == 1 else Plan(together, 32, splits, warps, 3)
 
 
 def row_bytes(channels: int, rope_dim: int) -> int:

@@ -19,9 +19,9 @@ _PROGRAMS = 264
 
 def _split(tokens: int, wide: int) -> dict[str, int]:
     # few tokens: many splits, so that reading fn is spread over the chip
-    rows, block = (64, 64) if tokens >= 1024 else (16, 128)
+    rows, block = 64 if tokens >= 1024 else 16, 128
     wanted = max(_PROGRAMS // blocks(tokens, rows), 1)
-    chunk = blocks(blocks(wide, block), min(wanted, 64)) * block
+    chunk = blocks(blocks(wide, block), min(wanted, 128)) * block
     return {"rows": rows, "block": block, "chunk": chunk, "splits": blocks(wide, chunk)}
 
 

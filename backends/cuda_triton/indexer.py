@@ -84,9 +84,10 @@ def _score(
     batch, columns = start.shape[0], score.shape[1]
     # tokens of one sequence share its keys
     together = min(_TOGETHER, power(blocks(count, batch)))
-    kernels("indexer").scores[(blocks(columns, _ENTRIES), blocks(count, together))](
+    entries = 2 * _ENTRIES if together == 1 else _ENTRIES
+    kernels("indexer").scores[(blocks(columns, entries), blocks(count, together))](
         q, w, keys, table, cu, start, score, first, first + count, batch, table.shape[1], keys.stride(0), columns, ratio, WIDTH=d, ROW=d,
-        PER_BLOCK=keys.shape[1], PACKED=keys.dtype == torch.uint8, HEADS=heads, TOKENS=together, BATCH=power(batch), BLOCK_N=_ENTRIES,
+        PER_BLOCK=keys.shape[1], PACKED=keys.dtype == torch.uint8, HEADS=heads, TOKENS=together, BATCH=power(batch), BLOCK_N=entries,
         BLOCK_H=min(power(heads, 16), 64), BLOCK_D=power(d, 16), num_warps=4, num_stages=2,
     )  # fmt: skip
 

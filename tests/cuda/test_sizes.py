@@ -32,6 +32,8 @@ def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, head
 
 def test_a_plan_splits_few_queries_and_leaves_many_whole() -> None:
     assert attention.plan(1, 64, 20, False).splits == 20
+    assert attention.plan(1, 64, 260, False).splits == 128
+    assert attention.plan(32, 64, 20, False).splits == 4
     assert attention.plan(128, 64, 20, False).splits == attention.plan(4096, 64, 20, False).splits == 1
     assert attention.plan(1, 3, 1, False).splits == 1
 
