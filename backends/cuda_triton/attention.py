@@ -38,7 +38,7 @@ class Plan:
     """Whether a kernel of its own finds the rows of chosen entries first."""
 
 
-def plan(tokens: int, heads: int, steps: int, packed: bool) -> Plan:
+def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Plan:
     """Plan of a call whose queries have up to `steps` blocks of 32 rows. Chosen by measurement on an H100 (docs/cuda-kernels.md)."""
     if tokens <= 4 and steps <= _SHORT:
         # one block of rows a program: nothing is left to overlap, and small programs share a multiprocessor
@@ -50,8 +50,11 @@ def plan(tokens: int, heads: int, steps: int, packed: bool) -> Plan:
     splits = max(min(blocks(_PROGRAMS, tokens * blocks(heads, together)), steps, _SPLITS), 1)
     if packed:
         return Plan(together, 64, min(splits, blocks(steps, 2)), warps, 2)
-    # three stages: an index and a table entry are read before the row that they name
-    return Plan(together, 64, 1, warps, 3, placed=True) if splits == 1 else Plan(together, 32, splits, warps, 3)
+    if splits > 1:
+        # three stages: an index and a table entry are read before the row that they name
+        return Plan(together, 32, splits, warps, 3)
+    # 64 rows a step pay, spills included, once their places need no registers
+    return Plan(together, 64, 1, warps, 3, placed=True) if chosen else Plan(together, 32, 1, warps, 2)
 
 
 def row_bytes(channels: int, rope_dim: int) -> int:
@@ -146,7 +149,7 @@ def _sparse_attention(
     cu, start = cu_seqlens.to(device), start_pos.to(device)
     chosen = 0 if cmp_index is None else cmp_index.shape[1]
     most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
-    launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed)
+    launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed, kind == 2)
     listed = tables[2]
     if launch.placed and kind == 2 and not packed:
         kind, listed = 3, _places(tables, cu, start, window_cache, entries, chosen, window, unit, row)

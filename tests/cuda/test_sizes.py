@@ -31,11 +31,12 @@ def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, head
 
 
 def test_a_plan_splits_few_queries_and_leaves_many_whole() -> None:
-    assert attention.plan(1, 64, 20, False).splits == 20
-    assert attention.plan(1, 64, 260, False).splits == 128
-    assert attention.plan(32, 64, 20, False).splits == 4
-    assert attention.plan(128, 64, 20, False).splits == attention.plan(4096, 64, 20, False).splits == 1
-    assert attention.plan(1, 3, 1, False).splits == 1
+    def splits(tokens: int, heads: int, steps: int, chosen: bool = True) -> int:
+        return attention.plan(tokens, heads, steps, False, chosen).splits
+
+    assert (splits(1, 64, 20), splits(1, 64, 260, False), splits(32, 64, 20)) == (20, 128, 4)
+    assert splits(128, 64, 20) == splits(4096, 64, 20) == splits(4096, 64, 5, False) == splits(1, 3, 1) == 1
+    assert attention.plan(4096, 64, 20, False, True).placed and not attention.plan(4096, 64, 20, False, False).placed
 
 
 def test_choices_of_long_rows_go_through_segments(monkeypatch: pytest.MonkeyPatch) -> None:
