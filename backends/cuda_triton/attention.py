@@ -50,11 +50,10 @@ def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Pla
     splits = max(min(blocks(_PROGRAMS, tokens * blocks(heads, together)), steps, _SPLITS), 1)
     if packed:
         return Plan(together, 64, min(splits, blocks(steps, 2)), warps, 2)
-    if splits > 1:
-        # three stages: an index and a table entry are read before the row that they name
-        return Plan(together, 32, splits, warps, 3)
-    # 64 rows a step pay, spills included, once their places need no registers
-    return Plan(together, 64, 1, warps, 3, placed=True) if chosen else Plan(together, 32, 1, warps, 2)
+    # three stages: an index and a table entry are read before the row that they name; 64 rows a step pay, spills included, once their
+    # places need no registers
+    placed = chosen and splits == 1
+    return Plan(together, 64 if placed else 32, splits, warps, 3, placed)
 
 
 def row_bytes(channels: int, rope_dim: int) -> int:
