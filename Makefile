@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
 JOBS ?= auto
 # extra pip arguments for torch, for instance: make setup TORCH_PIP="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_PIP ?=
@@ -17,13 +18,15 @@ TOKENS ?= 48
 BIN := $(VENV)/bin
 TORCH := $(VENV)/.torch-installed
 READY := $(VENV)/.ready
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_READY := $(CUDA_VENV)/.ready
 NANO := build/nano
 ASCEND_VENV ?= .venv-ascend
 ASCEND_BIN := $(ASCEND_VENV)/bin
 ASCEND_TORCH := $(ASCEND_VENV)/.torch-installed
 ASCEND_READY := $(ASCEND_VENV)/.ready
 
-.PHONY: help setup demo test test-all test-ascend test-ascend-device parity-nightly lint bench clean
+.PHONY: help setup demo test test-all test-ascend test-ascend-device test-cuda-cpu parity-nightly lint bench clean
 
 help:
 	@echo "make demo      make a small random model in the hub's format and let it generate tokens"
@@ -32,6 +35,7 @@ help:
 	@echo "make test-ascend  the ascend backend against torch_npu on a CPU, for three chips (own environment, no NPU needed)"
 	@echo "make test-ascend-device  the same tests on the NPU of this machine"
 	@echo "make parity-nightly  100,000 judged cases, mutants on 20 seeds, legal variants on 50"
+	@echo "make test-cuda-cpu  Triton kernels under Triton's interpreter and compiled for sm_90a, without a GPU; in $(CUDA_VENV)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     CPU timings beside transformers (long)"
 	@echo "make setup     only the environment, in $(VENV)"
@@ -86,6 +90,17 @@ test-ascend: $(ASCEND_READY)
 # on a machine with an NPU, in an environment that has torch_npu: nothing is pretended
 test-ascend-device:
 	V4_TEST_DEVICE=npu $(PYTHON) -m pytest -q tests/ascend
+
+$(CUDA_READY): constraints-cuda.txt setup.cfg
+	@test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install --quiet $(TORCH_PIP) "$$(grep -E '^torch==' constraints-cuda.txt)"
+	$(CUDA_BIN)/python -m pip install --quiet -c constraints-cuda.txt triton numpy pyyaml safetensors tokenizers tqdm jinja2 pytest pytest-timeout pytest-xdist hypothesis
+	@touch $@
+
+test-cuda-cpu: $(CUDA_READY)
+	$(CUDA_BIN)/python -m pytest -q -n $(JOBS) tests/cuda
+	$(CUDA_BIN)/python -m tools.cuda_aot --markdown docs/cuda-kernels.md --check
+	$(CUDA_BIN)/python -m tools.bench cuda --dry-run
 
 parity-nightly: $(READY)
 	$(BIN)/v4 parity --jobs 0 --samples 520 --min-cases 100000 --mutant-seeds 20 --legal-seeds 50 --html build/parity.html --json build/parity.json --overwrite

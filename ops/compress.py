@@ -26,7 +26,7 @@ def entry_list(cu_seqlens: Tensor, start_pos: Tensor, ratio: int) -> list[tuple[
 
 def _positions(cu_seqlens: Tensor, start_pos: Tensor) -> Tensor:
     shift = torch.repeat_interleave(start_pos - cu_seqlens[:-1], cu_seqlens.diff().long())
-    return torch.arange(int(cu_seqlens[-1])) + shift
+    return torch.arange(int(cu_seqlens[-1]), device=shift.device) + shift
 
 
 def _project(x: Tensor, wkv: Tensor, wgate: Tensor, ape_T: Tensor) -> Tensor:

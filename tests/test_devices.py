@@ -37,6 +37,14 @@ def test_ops_stay_where_their_arguments_are(op: str, dtype: torch.dtype) -> None
         assert verdict.ok, verdict
 
 
+@pytest.mark.parametrize("op", sorted(CONTRACTS))
+def test_costs_stay_where_their_arguments_are(op: str) -> None:
+    for sample in CONTRACTS[op].samples(torch.bfloat16, 0):
+        expected = CONTRACTS[op].cost(*sample.args, **sample.kwargs)
+        with torch.device("meta"):
+            assert CONTRACTS[op].cost(*sample.args, **sample.kwargs) == expected
+
+
 def test_asking_for_a_backend_that_can_not_run_changes_no_setting() -> None:
     if unavailable("cuda") is None:
         pytest.skip("there is a CUDA device here")

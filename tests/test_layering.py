@@ -73,7 +73,7 @@ def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
 def vendor_at_import(package: str, tree: ast.Module) -> Iterator[str]:
     for node in _outside_functions(tree):
         for name in imported(node):
-            if name.split(".")[0] in VENDOR:
+            if name.split(".")[0] in VENDOR or ".kernels." in name:
                 yield f"imports {name} when it is imported itself; import it inside the function that needs it"
 
 
@@ -118,6 +118,9 @@ def test_rule_holds(rule: str) -> None:
     assert len(files) >= len(folders)
     broken = []
     for path in files:
+        # kernels are decorated when they are imported, so whoever uses them imports them inside a function
+        if rule == "vendor" and "kernels" in path.parts:
+            continue
         complaints = list(check(path.parts[0], ast.parse((ROOT / path).read_text(encoding="utf-8"))))
         known = BROAD.get(path.as_posix(), 0) if rule == "except" else 0
         assert len(complaints) >= known, f"{path}: fewer broad handlers than BROAD lists; remove the line"
@@ -137,6 +140,7 @@ PLANTED = [
     ("device", "v4", "init(backend='nccl')"),
     ("device", "v4", "is_ascend = True"),
     ("vendor", "backends", "import torch_npu"),
+    ("vendor", "backends", "from backends.cuda_triton.kernels import norm"),
     ("vendor", "backends", "try:\n    import triton.language as tl\nexcept ImportError:\n    pass"),
     ("docstrings", "v4", "x = 1"),
     ("docstrings", "v4", '"""M."""\ndef f(): pass'),

@@ -24,8 +24,8 @@ def piece_rows(x: Tensor) -> int:
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The norm of a piece, fp32 and newly allocated."""
     wide = x.float()
-    if x.numel() == x.shape[-1]:
-        # a single row: its factor as a Python number saves half of the calls
+    if x.numel() == x.shape[-1] and x.device.type == "cpu":
+        # a single row: its factor as a Python number saves half of the calls, but would wait for any other device
         factor = (float(torch.linalg.vector_norm(wide)) ** 2 / x.shape[-1] + eps) ** -0.5
         return wide * factor if weight is None else (wide * factor).mul_(weight)
     y = wide * inverse_rms(wide, eps)

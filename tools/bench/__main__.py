@@ -1,10 +1,11 @@
-"""`python -m tools.bench cpu | trace`: exit code 0 after a complete run, 2 when it could not run."""
+"""`python -m tools.bench cpu | trace | cuda`: exit code 0 after a complete run, 1 after wrong results, 2 when it could not run."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,13 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--prompt", default="Hello! Who are you?")
     trace.add_argument("--tokens", type=int, default=48)
     trace.add_argument("--rounds", type=int, default=5)
-    for verb in (cpu, trace):
+    cuda = verbs.add_parser("cuda", help="the Triton kernels of the CUDA backend beside their floors and plain torch")
+    cuda.add_argument("--ops", default="", help="comma-separated; default: every op with a kernel")
+    cuda.add_argument("--dry-run", action="store_true", help="every path on the CPU, under Triton's interpreter, at tiny sizes")
+    cuda.add_argument("--no-baselines", action="store_true", help="without torch eager and torch.compile")
+    cuda.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun; default: none")
+    cuda.add_argument("--render", type=Path, help="measure nothing: the tables of a report that --json wrote, perhaps elsewhere")
+    for verb in (cpu, trace, cuda):
         verb.add_argument("--threads", type=int, help="default: what torch chooses")
         verb.add_argument("--json", type=Path, help="write the report here")
         verb.add_argument("--markdown", type=Path, help="put the tables between the marks of this page")
@@ -61,6 +68,30 @@ def _trace(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cuda(args: argparse.Namespace) -> int:
+    if args.render:
+        from tools.bench import cuda_table
+
+        report = json.loads(args.render.read_text(encoding="utf-8"))
+        _publish(args, report, cuda_table.MARK, cuda_table.markdown(report))
+        return 1 if report["failed"] else 0
+    if args.dry_run:
+        # Triton decides when it is imported whether functions are interpreted
+        os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is None:
+        print("tools.bench: triton is not installed; pip install -e .[cuda]", file=sys.stderr)
+        return 2
+    from tools.bench import cuda, cuda_table
+
+    try:
+        report = cuda.run([op for op in args.ops.split(",") if op], args.dry_run, _say, not args.no_baselines, args.budget)
+    except ValueError as error:
+        print(f"tools.bench: {error}", file=sys.stderr)
+        return 2
+    _publish(args, report, cuda_table.MARK, cuda_table.markdown(report))
+    return 1 if report["failed"] else 0
+
+
 def _checkpoint(args: argparse.Namespace) -> Path:
     if args.checkpoint:
         return args.checkpoint
@@ -80,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.verb == "trace":
         return _trace(args)
+    if args.verb == "cuda":
+        return _cuda(args)
     for package, wanted in (("transformers", True), ("matplotlib", args.plot is not None)):
         if wanted and importlib.util.find_spec(package) is None:
             print(f"tools.bench: {package} is not installed; pip install -e .[test,dev]", file=sys.stderr)

@@ -1,0 +1,191 @@
+"""Attention over paged rows: one kernel for prefill, the same with the rows of a query split over programs for decode.
+
+Shapes as in ops/attention.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backends.cuda_triton.launch import NEED, SOC, blocks, kernels, power
+from ops.attention import sparse_attention
+from ops.cache import fp8_row_parts
+from ops.paged import packed_rope_dim
+
+BF16 = (torch.bfloat16,)
+WIDEST = 512
+_PROGRAMS = 128
+"""Programs below which the rows of a query are split, about one a multiprocessor."""
+_SPLITS = 128
+_SHORT = 64
+"""Blocks of 32 rows up to which few queries are cut into single blocks."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a launch: heads and rows of a step, splits of a query's rows, warps and stages."""
+
+    heads: int
+    rows: int
+    splits: int
+    warps: int
+    stages: int
+    placed: bool = False
+    """Whether a kernel of its own finds the rows of chosen entries first."""
+
+
+def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Plan:
+    """Plan of a call whose queries have up to `steps` blocks of 32 rows. Chosen by measurement on an H100 (docs/cuda-kernels.md)."""
+    if tokens <= 4 and steps <= _SHORT:
+        # one block of rows a program: nothing is left to overlap, and small programs share a multiprocessor
+        together = min(16, power(heads, 16))
+        splits = min(blocks(2 * _PROGRAMS, tokens * blocks(heads, together)), steps, _SPLITS)
+        return Plan(together, 32, max(splits, 1), 4, 2)
+    together = min(64, power(heads, 16))
+    warps = 8 if together == 64 else 4
+    splits = max(min(blocks(_PROGRAMS, tokens * blocks(heads, together)), steps, _SPLITS), 1)
+    if packed:
+        return Plan(together, 64, min(splits, blocks(steps, 2)), warps, 2)
+    # three stages: an index and a table entry are read before the row that they name; 64 rows a step pay, spills included, once their
+    # places need no registers
+    placed = chosen and splits == 1
+    return Plan(together, 64 if placed else 32, splits, warps, 3, placed)
+
+
+def row_bytes(channels: int, rope_dim: int) -> int:
+    """Bytes of a packed row."""
+    return sum(fp8_row_parts(channels, rope_dim))
+
+
+def unit_of(window: Tensor, entries: Tensor, row: int, scales: int) -> int:
+    """Elements that rows, their scales and blocks of both caches are multiples of."""
+    return math.gcd(row, scales, window.stride(0), entries.stride(0))
+
+
+def alignment(cache: Tensor, row: int) -> int:
+    """Bytes, 16 at most, of which the address of every row of `row` elements is a multiple."""
+    size = cache.element_size()
+    return math.gcd(16, cache.data_ptr(), row * size, cache.stride(0) * size)
+
+
+def _apart(cache: Tensor) -> bool:
+    # whole blocks may lie apart, rows of a block may not
+    return cache.dim() == 3 and cache.stride(2) == 1 and (cache.shape[1] == 1 or cache.stride(1) == cache.shape[2])
+
+
+def _cache_fits(q_THC: Tensor, cache: Tensor, packed: bool) -> bool:
+    if not _apart(cache) or packed != (cache.dtype == torch.uint8):
+        return False
+    if packed:
+        channels = q_THC.shape[2]
+        return any(sum(fp8_row_parts(channels, r)) == cache.shape[2] for r in range(0, channels, 2)) and cache.stride(0) % 2 == 0
+    return cache.dtype == q_THC.dtype and cache.shape[2] == q_THC.shape[2]
+
+
+def _fits(
+    q_THC: Tensor,
+    window_cache: Tensor,
+    window_table: Tensor,
+    sink_H: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    *,
+    scale: float,
+    window: int,
+    cmp_cache: Tensor | None = None,
+    cmp_table: Tensor | None = None,
+    cmp_index: Tensor | None = None,
+    ratio: int = 0,
+) -> bool:
+    if q_THC.dim() != 3 or q_THC.dtype != torch.bfloat16 or not q_THC.is_contiguous() or not q_THC.numel():
+        return False
+    tokens, heads, channels = q_THC.shape
+    batch = start_pos.shape[0]
+    packed = window_cache.dtype == torch.uint8
+    lists = cu_seqlens.shape == (batch + 1,) and cu_seqlens.dtype == start_pos.dtype == window_table.dtype == torch.int32
+    rest = sink_H.shape == (heads,) and sink_H.dtype == torch.float32 and window >= 1 and channels <= WIDEST
+    if not (lists and rest and window_table.dim() == 2 and window_table.shape[0] == batch and _cache_fits(q_THC, window_cache, packed)):
+        return False
+    if cmp_cache is None or cmp_table is None:
+        return cmp_cache is None and cmp_table is None and cmp_index is None
+    entries = ratio >= 1 and cmp_table.dtype == torch.int32 and cmp_table.dim() == 2 and cmp_table.shape[0] == batch
+    index = cmp_index is None or (cmp_index.dim() == 2 and cmp_index.shape[0] == tokens and cmp_index.dtype == torch.int32)
+    return entries and index and _cache_fits(q_THC, cmp_cache, packed)
+
+
+@sparse_attention.implement("cuda_triton", dtypes=BF16, soc=SOC, needs=[NEED], when=_fits, note=f"bf16, up to {WIDEST} channels")
+def _sparse_attention(
+    q_THC: Tensor,
+    window_cache: Tensor,
+    window_table: Tensor,
+    sink_H: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    *,
+    scale: float,
+    window: int,
+    cmp_cache: Tensor | None = None,
+    cmp_table: Tensor | None = None,
+    cmp_index: Tensor | None = None,
+    ratio: int = 0,
+) -> Tensor:
+    tokens, heads, channels = q_THC.shape
+    device, batch, packed = q_THC.device, start_pos.shape[0], window_cache.dtype == torch.uint8
+    nope, row, scale_bytes = channels, channels, 0
+    if packed:
+        nope = channels - packed_rope_dim("sparse_attention", window_cache.shape[2], channels)
+        row, scale_bytes = fp8_row_parts(channels, channels - nope)
+    kind = 0 if cmp_cache is None else 1 if cmp_index is None else 2
+    # kinds that do not have a tensor pass one that is there and is not read
+    entries, entry_table = (window_cache, window_table) if cmp_cache is None or cmp_table is None else (cmp_cache, cmp_table)
+    tables = [t.to(device).contiguous() for t in (window_table, entry_table, entry_table if cmp_index is None else cmp_index)]
+    align = min(alignment(entries, row), alignment(window_cache, row))
+    unit = unit_of(window_cache, entries, row, scale_bytes)
+    cu, start = cu_seqlens.to(device), start_pos.to(device)
+    chosen = 0 if cmp_index is None else cmp_index.shape[1]
+    most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
+    launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed, kind == 2)
+    listed = tables[2]
+    if launch.placed and kind == 2 and not packed:
+        kind, listed = 3, _places(tables, cu, start, window_cache, entries, chosen, window, unit, row)
+    out = torch.empty_like(q_THC)
+    wide = power(channels, 16)
+    if launch.splits == 1:
+        parts, sums = out, sink_H
+    else:
+        parts = torch.empty(launch.splits, tokens, heads, channels, dtype=torch.float32, device=device)
+        sums = torch.empty(launch.splits, tokens, heads, 2, dtype=torch.float32, device=device)
+    kernels("attention").attend[(tokens, blocks(heads, launch.heads), launch.splits)](
+        q_THC, window_cache, tables[0], entries, tables[1], listed, sink_H, cu, start, parts, sums,
+        tokens, heads, batch, window, window_table.shape[1], window_cache.stride(0) // unit, entry_table.shape[1],
+        entries.stride(0) // unit, chosen, ratio, scale, CHANNELS=channels, NOPE=nope, WINDOW_PER_BLOCK=window_cache.shape[1],
+        CMP_PER_BLOCK=entries.shape[1], ROW=row, UNIT=unit, ROW_UNITS=row // unit, SCALE_UNITS=scale_bytes // unit, ALIGN=align,
+        PACKED=packed, KIND=kind, BATCH=power(batch), SPLITS=launch.splits, BLOCK_H=launch.heads, BLOCK_N=launch.rows,
+        BLOCK_C=power(nope, 16), BLOCK_R=power(channels - nope, 16), num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if launch.splits > 1:
+        padded = power(launch.splits)
+        block = max(min(wide, 8192 // padded), 16)
+        kernels("attention").combine[(tokens * heads, blocks(channels, block))](
+            parts, sums, sink_H, out, tokens * heads, heads, launch.splits, CHANNELS=channels, SPLITS=padded, BLOCK_C=block, num_warps=4
+        )
+    return out
+
+
+def _places(
+    tables: list[Tensor], cu: Tensor, start: Tensor, window_cache: Tensor, entries: Tensor, chosen: int, window: int, unit: int, row: int
+) -> Tensor:
+    """Where the rows of every token begin [T, k + window], -1 where there is none."""
+    window_table, entry_table, index = tables
+    tokens, batch, block = index.shape[0], start.shape[0], 256
+    out = torch.empty(tokens, chosen + window, dtype=torch.int32, device=index.device)
+    kernels("attention").places[(tokens, blocks(chosen + window, block))](
+        index, window_table, entry_table, cu, start, out, batch, window, window_table.shape[1], window_cache.stride(0) // unit,
+        entry_table.shape[1], entries.stride(0) // unit, chosen, WINDOW_PER_BLOCK=window_cache.shape[1], CMP_PER_BLOCK=entries.shape[1],
+        ROW_UNITS=row // unit, BATCH=power(batch), BLOCK=block, num_warps=2,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,120 @@
+"""Grouped experts in two products (three kernels with FP4 weights: rows are rounded and reordered before).
+
+Shapes as in ops/experts.py and ops/experts_quant.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from backends.cuda_triton.launch import NEED, SOC, blocks, kernels, power
+from ops.experts import grouped_experts
+from ops.experts_quant import grouped_experts_fp4
+
+BF16 = (torch.bfloat16,)
+_GROUP = 128
+"""Channels that share a scale of the FP8 rounding."""
+
+
+def _plan(rows: int, experts: int, fp4: bool) -> dict[str, int]:
+    """Sizes of both products' launches by the rows that an expert gets on average; chosen by measurement on an H100."""
+    if fp4 and rows < 24 * experts:
+        # so few rows that a program's share of the weights is short: more warps decode it
+        alone = rows < experts // 4
+        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64 if alone else 32, "num_warps": 8 if alone else 4, "num_stages": 3 if alone else 4}
+    if fp4:
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+    if rows < 24 * experts:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+
+
+def _run(
+    rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, limit: float, fp4: bool,
+    quantize: bool,
+) -> Tensor:  # fmt: skip
+    rows, width = rows_AD.shape
+    experts, inner = w13.shape[0], w13.shape[1] // 2
+    module = kernels("experts")
+    x, y = rows_AD, torch.empty_like(rows_AD)
+    if fp4:
+        x = torch.empty_like(rows_AD)
+        block = min(power(width, _GROUP), 2048)
+        module.prepare[(rows, blocks(width, block))](rows_AD, x, width, QUANTIZE=quantize, BLOCK=block, num_warps=4)
+    h = torch.empty(rows, inner, dtype=rows_AD.dtype, device=rows_AD.device)
+    sizes = _plan(rows, experts, fp4)
+    # every expert with rows has at most one tile that is not full
+    tiles = rows // sizes["BLOCK_M"] + min(rows, experts)
+    padded = power(experts)
+    module.gate_up[(tiles, blocks(inner, sizes["BLOCK_N"]))](
+        x, row_weight_A, counts_E, w13, s13, h, experts, width, inner, limit, FP4=fp4, QUANTIZE=quantize, EXPERTS=padded, **sizes
+    )
+    module.down[(tiles, blocks(width, sizes["BLOCK_N"]))](
+        h, counts_E, w2, s2, y, experts, width, inner, FP4=fp4, EXPERTS=padded, **sizes
+    )
+    return y
+
+
+def _rows_fit(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, limit: float) -> bool:
+    if not (math.isfinite(limit) and limit > 0):
+        return False
+    if rows_AD.dtype != torch.bfloat16 or rows_AD.dim() != 2 or not rows_AD.numel() or w13.dim() != 3 or w2.dim() != 3:
+        return False
+    lists = row_weight_A.shape == rows_AD.shape[:1] and row_weight_A.dtype == torch.float32 and counts_E.dtype == torch.int64
+    experts = counts_E.shape == w13.shape[:1] and w13.shape[0] == w2.shape[0] and w13.shape[1] > 0 and w13.shape[1] % 2 == 0
+    return lists and experts and all(t.is_contiguous() for t in (rows_AD, row_weight_A, counts_E, w13, w2))
+
+
+def _dense_fits(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> bool:
+    types = w13.dtype == w2.dtype == torch.bfloat16
+    return types and _rows_fit(rows_AD, row_weight_A, counts_E, w13, w2, limit) and (
+        w13.shape[2] == rows_AD.shape[1] and w2.shape[1:] == (rows_AD.shape[1], w13.shape[1] // 2)
+    )  # fmt: skip
+
+
+@grouped_experts.implement("cuda_triton", dtypes=BF16, soc=SOC, needs=[NEED], when=_dense_fits, note="bf16 rows and weights")
+def _grouped_experts(
+    rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float
+) -> Tensor:
+    return _run(rows_AD, row_weight_A, counts_E, w13, w13, w2, w2, limit, False, False)
+
+
+def _fp4_fits(
+    rows_AD: Tensor,
+    row_weight_A: Tensor,
+    counts_E: Tensor,
+    w13: Tensor,
+    s13: Tensor,
+    w2: Tensor,
+    s2: Tensor,
+    *,
+    limit: float,
+    quantize: bool = True,
+) -> bool:
+    if not _rows_fit(rows_AD, row_weight_A, counts_E, w13, w2, limit) or not w13.dtype == w2.dtype == torch.uint8:
+        return False
+    (experts, twice, packed), width = w13.shape, rows_AD.shape[1]
+    inner = twice // 2
+    shapes = width % 32 == inner % 32 == 0 and packed == width // 2 and w2.shape[1:] == (width, inner // 2)
+    scales = s13.shape == (experts, twice, width // 32) and s2.shape == (experts, width, inner // 32)
+    return shapes and scales and s13.dtype == s2.dtype == torch.float8_e8m0fnu and s13.is_contiguous() and s2.is_contiguous()
+
+
+@grouped_experts_fp4.implement("cuda_triton", dtypes=BF16, soc=SOC, needs=[NEED], when=_fp4_fits, note="bf16 rows")
+def _grouped_experts_fp4(
+    rows_AD: Tensor,
+    row_weight_A: Tensor,
+    counts_E: Tensor,
+    w13: Tensor,
+    s13: Tensor,
+    w2: Tensor,
+    s2: Tensor,
+    *,
+    limit: float,
+    quantize: bool = True,
+) -> Tensor:
+    scales = (s13.view(torch.uint8), s2.view(torch.uint8))
+    return _run(rows_AD, row_weight_A, counts_E, w13, scales[0], w2, scales[1], limit, True, quantize)

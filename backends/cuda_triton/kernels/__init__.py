@@ -1,0 +1,1 @@
+"""Triton kernels, one file per family. They import Triton, so the adapters import them by name on first use."""
