@@ -1,0 +1,87 @@
+"""Element-wise parts of the training model as functions of flat tokens, so that each can be compiled alone and once.
+
+N tokens, n streams, D hidden, H heads, C width, R2 rotary pairs, I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tools.nano.sinkhorn import sinkhorn
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [..., D] normalised in fp32, times `weight` [D] if there is one; in x's type."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the last 2*R2 channels of x [..., C] in interleaved pairs; cos and sin broadcast to [..., R2]."""
+    r = 2 * cos.shape[-1]
+    a, b = x[..., -r::2].float(), x[..., x.shape[-1] - r + 1 :: 2].float()
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    return torch.cat([x[..., :-r], turned.to(x.dtype)], -1)
+
+
+def q_norm_rope(q: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Per-head norm without weight, then rope; q [B, T, H, C], cos and sin [T, R2]."""
+    return rope(rms_norm(q, None, eps), cos[:, None], sin[:, None])
+
+
+def _coefficients(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
+    f = streams.flatten(1)
+    inverse = torch.rsqrt(f.float().square().mean(-1, keepdim=True) + eps)
+    return F.linear(f, fn.to(f.dtype)).float() * inverse
+
+
+def hc_coefficients(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, hc_eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Streams [N, n, D] -> sublayer input [N, D], post [N, n], logits of comb [N, n, n]."""
+    n = streams.shape[1]
+    u = _coefficients(streams, fn, eps)
+    pre = torch.sigmoid(u[:, :n] * scale[0] + base[:n]) + hc_eps
+    post = 2 * torch.sigmoid(u[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    logits = (u[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+    return (pre[..., None] * streams.float()).sum(1).to(streams.dtype), post, logits
+
+
+def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """y [N, D] and streams [N, n, D] -> new streams: post_k * y + sum_j comb[j, k] * stream_j."""
+    mixed = (comb[..., None] * streams.float()[:, :, None]).sum(1)
+    return (post[..., None] * y.float()[:, None] + mixed).to(streams.dtype)
+
+
+def hc_head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, hc_eps: float) -> Tensor:
+    """Streams [N, n, D] -> [N, D]."""
+    pre = torch.sigmoid(_coefficients(streams, fn, eps) * scale + base) + hc_eps
+    return (pre[..., None] * streams.float()).sum(1).to(streams.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit), times `weight` if given; fp32 inside."""
+    h = F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
+    return (h if weight is None else h * weight).to(gate.dtype)
+
+
+def pool(k: Tensor, s: Tensor) -> Tensor:
+    """Softmax over the slots: k and s [B, E, slots, c] -> fp32 [B, E, c]."""
+    return (torch.softmax(s.float(), 2) * k.float()).sum(2)
+
+
+class Fused:
+    """These functions, compiled or as they are. sinkhorn: "torch" or "triton"."""
+
+    def __init__(self, *, compiled: bool = False, sinkhorn_kind: str = "torch") -> None:
+        wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = torch.compile if compiled else lambda f: f
+        self.compiled = compiled
+        self.rms_norm, self.q_norm_rope, self.rope = wrap(rms_norm), wrap(q_norm_rope), wrap(rope)
+        self.hc_coefficients: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+            torch.compile(hc_coefficients) if compiled else hc_coefficients
+        )
+        self.hc_post, self.hc_head, self.swiglu, self.pool = wrap(hc_post), wrap(hc_head), wrap(swiglu), wrap(pool)
+        self.sinkhorn = sinkhorn(sinkhorn_kind)
