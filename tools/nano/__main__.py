@@ -60,12 +60,13 @@ def _train(args: argparse.Namespace) -> int:
     from tools.nano.train import Settings, Trainer
 
     values = {k: v for k, v in vars(args).items() if k != "verb"}
-    if values["tokenizer"] is None:
-        values["tokenizer"] = str(Path(args.out) / "tokenizer.json")
-        if not Path(values["tokenizer"]).is_file():
+    if args.tokenizer is None:
+        made = Path(args.out) / "tokenizer.json"
+        values["tokenizer"] = str(made)
+        if not made.is_file():
             from v4.config import Config
 
-            _tokenizer(Config.from_file(Path(args.config)).vocab_size, args.seed, values["tokenizer"])
+            _tokenizer(Config.from_file(Path(args.config)).vocab_size, args.seed, str(made))
     done = Trainer(Settings(**values)).train()
     print("all steps done" if done else "stopped by --budget; --resume goes on")
     return 0

@@ -74,21 +74,12 @@ class Indexer(nn.Module):
         q_BTHd = self._rounded(q)
         w_BTH = self.weights_proj(x).float() * (self.dim**-0.5 * self.heads**-0.5)
         dots = torch.einsum("bthd,bed->bhte", q_BTHd, keys_BEd)
-        scores = (F.relu(dots) * w_BTH.transpose(1, 2)[..., None].to(dots.dtype)).sum(1, dtype=torch.float32)
-        scores = scores.masked_fill(~visible_TE, float("-inf"))
+        scores = self.mode.fused.index_scores(dots, w_BTH, visible_TE)
         usable = visible_TE.expand_as(scores)
         if self.mode.sparse and scores.shape[-1] > self.topk:
             best = scores.detach().topk(self.topk, -1).indices
             usable = torch.zeros_like(usable).scatter(-1, best, True) & usable
         return Selection(scores, usable)
-
-
-def _part(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over one part of the keys: output, log of the sum of exponentials fp32, probabilities. Rows without a key give zeros."""
-    s = scores.float()
-    lse = torch.logsumexp(s, -1, keepdim=True)
-    p = torch.exp(s - lse.clamp(min=-1e30))
-    return p.to(values.dtype) @ values, lse, p
 
 
 class Attention(nn.Module):
@@ -125,7 +116,8 @@ class Attention(nn.Module):
         near = (j > i) & (j <= i + w)
         first = near & (j >= w)
         allowed = torch.cat([first[None], near[None].expand(kv.shape[1] - 1, -1, -1)])
-        o, lse, _ = _part(scores.masked_fill(~allowed[None, :, None], float("-inf")), keys[:, :, None])
+        p, lse = self.mode.fused.part(scores, allowed[None, :, None])
+        o = p @ keys[:, :, None]
         o = o.transpose(2, 3).reshape(b, -1, h, c)[:, :t]
         return o.transpose(1, 2), lse.transpose(2, 3).reshape(b, -1, h, 1)[:, :t].transpose(1, 2)
 
@@ -162,17 +154,11 @@ class Attention(nn.Module):
             chosen = self.indexer(x_BTD, qr, usable, tables)
             usable = chosen.usable[:, None]
         scores = (q_BTHC.transpose(1, 2) * self.width**-0.5) @ entries_BEC.transpose(1, 2)[:, None]
-        o_c, lse_c, p_c = _part(scores.masked_fill(~usable, float("-inf")), entries_BEC[:, None])
+        p_c, lse_c = self.mode.fused.part(scores, usable)
+        o_c = p_c @ entries_BEC[:, None]
         total = torch.logaddexp(total, lse_c)
         share = torch.exp(lse_c - total)
         o = o_w * torch.exp(lse_w - total).to(o_w.dtype) + o_c * share.to(o_c.dtype)
         if chosen is None or not self.training:
             return o, x_BTD.new_zeros((), dtype=torch.float32)
-        with torch.no_grad():
-            target = (p_c * share).sum(1)
-            mass = target.sum(-1)
-            target = target / mass.clamp(min=1e-9)[..., None]
-            entropy = torch.special.entr(target).sum(-1)
-        log_q = torch.log_softmax(chosen.scores.masked_fill(~chosen.usable, -1e9), -1)
-        kl_BT = -(target * log_q).sum(-1) - entropy
-        return o, (kl_BT * mass).sum() / mass.sum().clamp(min=1e-9)
+        return o, self.mode.fused.index_loss(p_c, share, chosen.scores, chosen.usable)

@@ -6,12 +6,15 @@ N tokens, n streams, D hidden, H heads, C width, R2 rotary pairs, I expert width
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tools.nano.sinkhorn import sinkhorn
+
+T = TypeVar("T")
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -73,15 +76,53 @@ def pool(k: Tensor, s: Tensor) -> Tensor:
     return (torch.softmax(s.float(), 2) * k.float()).sum(2)
 
 
+def part(scores: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over one part of the keys: probabilities in the scores' type, and the log of the sum of exponentials fp32 [..., 1].
+
+    Rows without a usable key give zeros and -inf.
+    """
+    s = scores.float().masked_fill(~usable, float("-inf"))
+    lse = torch.logsumexp(s, -1, keepdim=True)
+    return torch.exp(s - lse.clamp(min=-1e30)).to(scores.dtype), lse
+
+
+def index_scores(dots: Tensor, w: Tensor, visible: Tensor) -> Tensor:
+    """dots [B, Hi, T, E], w fp32 [B, T, Hi] -> fp32 [B, T, E]: sum over heads of w * relu(dots), -inf where not visible."""
+    found = (F.relu(dots.float()) * w.transpose(1, 2)[..., None]).sum(1)
+    return found.masked_fill(~visible, float("-inf"))
+
+
+def index_loss(p: Tensor, share: Tensor, scores: Tensor, usable: Tensor) -> Tensor:
+    """KL divergence of the indexer from the attention, weighted by the attention's mass on compressed entries.
+
+    p [B, H, T, E] and share fp32 [B, H, T, 1], taken as constants; scores fp32 and usable [B, T, E].
+    """
+    target = (p.detach().float() * share.detach()).sum(1)
+    mass = target.sum(-1)
+    target = target / mass.clamp(min=1e-9)[..., None]
+    log_q = torch.log_softmax(scores.masked_fill(~usable, -1e9), -1)
+    kl = (target * (torch.log(target.clamp(min=1e-20)) - log_q)).sum(-1)
+    return (kl * mass).sum() / mass.sum().clamp(min=1e-9)
+
+
 class Fused:
     """These functions, compiled or as they are. sinkhorn: "torch" or "triton"."""
 
     def __init__(self, *, compiled: bool = False, sinkhorn_kind: str = "torch") -> None:
-        wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = torch.compile if compiled else lambda f: f
-        self.compiled = compiled
+        self.compiled, self.sinkhorn_kind = compiled, sinkhorn_kind
+        if compiled:
+            # one version per stage and kind of layer: the default of 8 would leave some of them uncompiled
+            torch._dynamo.config.recompile_limit = 64
+
+        def wrap(f: Callable[..., T]) -> Callable[..., T]:
+            return torch.compile(f) if compiled else f
+
         self.rms_norm, self.q_norm_rope, self.rope = wrap(rms_norm), wrap(q_norm_rope), wrap(rope)
-        self.hc_coefficients: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-            torch.compile(hc_coefficients) if compiled else hc_coefficients
-        )
-        self.hc_post, self.hc_head, self.swiglu, self.pool = wrap(hc_post), wrap(hc_head), wrap(swiglu), wrap(pool)
+        self.hc_coefficients, self.hc_post, self.hc_head = wrap(hc_coefficients), wrap(hc_post), wrap(hc_head)
+        self.swiglu, self.pool, self.part = wrap(swiglu), wrap(pool), wrap(part)
+        self.index_scores, self.index_loss = wrap(index_scores), wrap(index_loss)
         self.sinkhorn = sinkhorn(sinkhorn_kind)
+
+    def plain(self) -> Fused:
+        """The same functions, not compiled."""
+        return Fused(sinkhorn_kind=self.sinkhorn_kind)

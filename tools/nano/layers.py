@@ -61,7 +61,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's type."""
-        w = self.weight
+        w: Tensor = self.weight
         if self.packed and self.mode.quantise:
             x, w = fake.fp8_activation(x), fake.fp8_weight(w)
         return F.linear(x, w.to(x.dtype))

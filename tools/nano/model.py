@@ -81,9 +81,11 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, g_NE: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
-        w1, w2, w3, x = self.w1, self.w2, self.w3, x_ND
+        weights: list[Tensor] = [self.w1, self.w2, self.w3]
+        x = x_ND
         if self.mode.quantise:
-            w1, w2, w3, x = fake.fp4(w1), fake.fp4(w2), fake.fp4(w3), fake.fp8_activation(x)
+            weights, x = [fake.fp4(w) for w in weights], fake.fp8_activation(x)
+        w1, w2, w3 = weights
         a = F.linear(x, w1.flatten(0, 1).to(x.dtype)).unflatten(-1, (w1.shape[0], -1))
         b = F.linear(x, w3.flatten(0, 1).to(x.dtype)).unflatten(-1, (w1.shape[0], -1))
         h = self.mode.fused.swiglu(a, b, self.limit, g_NE[..., None])
@@ -178,8 +180,7 @@ class Nano(nn.Module):
 
     def forward(self, ids_BT: Tensor, *, draft: bool = True) -> Output:
         """Hidden states of every position; position t of the MTP block has seen token t+1 (the last one sees padding id 0)."""
-        b, t = ids_BT.shape
-        at = tables(self.config, t, ids_BT.device)
+        at = tables(self.config, ids_BT.shape[1], ids_BT.device)
         embedded = self.embed(ids_BT).to(self.dtype).flatten(0, 1)
         streams = embedded[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
         losses, loads = [], []

@@ -58,12 +58,12 @@ class Optimiser:
         for shape, ps in self.groups.items():
             used = [i for i, p in enumerate(ps) if p.grad is not None]
             buffers = [self.buffers[shape][i] for i in used]
-            gradients = [ps[i].grad for i in used]
+            gradients = [g for p in ps if (g := p.grad) is not None]
             torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
             ahead = torch._foreach_lerp(gradients, buffers, self.momentum)
             update = orthogonal(torch.cat([a.reshape(-1, *shape) for a in ahead])) * (0.2 * max(shape) ** 0.5)
             parts = update.split([ps[i].numel() // (shape[0] * shape[1]) for i in used])
-            targets = [ps[i] for i in used]
+            targets: list[Tensor] = [ps[i] for i in used]
             torch._foreach_mul_(targets, 1 - rate * self.decay)
             torch._foreach_add_(targets, [u.view(p.shape) for u, p in zip(parts, targets, strict=True)], alpha=-rate)
         for p in self.parameters:

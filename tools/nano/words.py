@@ -1,5 +1,6 @@
 """The lexicon of the training data. Every word is meant to become one token, so the lists are short."""
 
+# ruff: noqa: SIM905 (a text of words reads better than a list of quoted ones)
 from __future__ import annotations
 
 NAMES = (
@@ -14,8 +15,7 @@ PLACES = (
 ).split()
 
 COLOURS = (
-    "red blue green yellow black white brown grey pink purple orange golden silver dark pale old new small large round"
-    " heavy light clean broken"
+    "red blue green yellow black white brown grey pink purple orange golden silver dark pale old new small large round heavy light clean broken"
 ).split()
 
 OBJECTS = (
