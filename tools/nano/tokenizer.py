@@ -39,7 +39,7 @@ def corpus(seed: int, documents: int = 1500) -> Iterable[str]:
 
 
 def train(vocabulary: int, seed: int = 0) -> Built:
-    """A byte-level BPE of at most `vocabulary` tokens. ValueError when that is less than specials and bytes need."""
+    """A byte-level BPE of `vocabulary` ids, place holders behind the words. ValueError when that is less than specials and bytes need."""
     if vocabulary < 256 + len(SPECIAL):
         raise ValueError(f"vocabulary {vocabulary}: expected at least {256 + len(SPECIAL)}")
     built = Built(models.BPE())
@@ -52,6 +52,9 @@ def train(vocabulary: int, seed: int = 0) -> Built:
         vocab_size=vocabulary, special_tokens=added, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     built.train_from_iterator(corpus(seed), trainer)
+    first = built.get_vocab_size()
+    # an id without a token could be generated and not be decoded
+    built.add_special_tokens([AddedToken(f"<｜place▁holder▁no▁{n}｜>", special=True) for n in range(vocabulary - first)])
     return built
 
 
