@@ -70,7 +70,7 @@ class Indexer(nn.Module):
         x, qr = x_BTD.detach(), qr.detach()
         keys_BEd = self._rounded(self.compressor(x, tables))
         cos, sin = tables.compressed
-        q = self.mode.fused.rope(self.wq_b(qr).unflatten(-1, (self.heads, self.dim)), cos[:, None], sin[:, None])
+        q = self.mode.fused.rope(self.wq_b(qr).unflatten(-1, (self.heads, self.dim)), cos, sin)
         q_BTHd = self._rounded(q)
         w_BTH = self.weights_proj(x).float() * (self.dim**-0.5 * self.heads**-0.5)
         dots = torch.einsum("bthd,bed->bhte", q_BTHd, keys_BEd)
@@ -136,7 +136,7 @@ class Attention(nn.Module):
             o = o_w * torch.exp(lse_w - total).to(o_w.dtype)
         else:
             o, loss = self._with_entries(x_BTD, qr, q_BTHC, o_w, lse_w, total, tables)
-        o_BTHC = fused.rope(o.transpose(1, 2), cos[:, None], -sin[:, None])
+        o_BTHC = fused.rope(o.transpose(1, 2).contiguous(), cos, -sin)
         wo_a = fake.fp8_weight(self.wo_a) if self.mode.quantise else self.wo_a
         z = torch.einsum("btgi,gri->btgr", o_BTHC.reshape(b, t, self.groups, -1), wo_a.to(x_BTD.dtype).unflatten(0, (self.groups, -1)))
         return self.wo_b(z.flatten(2)), loss

@@ -115,13 +115,22 @@ class Fused:
             torch._dynamo.config.recompile_limit = 64
 
         def wrap(f: Callable[..., T]) -> Callable[..., T]:
-            return torch.compile(f) if compiled else f
+            return torch.compile(f, dynamic=True) if compiled else f
 
-        self.rms_norm, self.q_norm_rope, self.rope = wrap(rms_norm), wrap(q_norm_rope), wrap(rope)
+        self._rms_norm, self._rope, self.q_norm_rope = wrap(rms_norm), wrap(rope), wrap(q_norm_rope)
         self.hc_coefficients, self.hc_post, self.hc_head = wrap(hc_coefficients), wrap(hc_post), wrap(hc_head)
         self.swiglu, self.pool, self.part = wrap(swiglu), wrap(pool), wrap(part)
         self.index_scores, self.index_loss = wrap(index_scores), wrap(index_loss)
         self.sinkhorn = sinkhorn(sinkhorn_kind)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As the function; always called with two dimensions, so that one compiled version serves every rank."""
+        return self._rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, S, C] or [B, S, H, C]; cos and sin [S, R2]. Always called with four dimensions."""
+        four = x if x.dim() == 4 else x[:, :, None]
+        return self._rope(four, cos[:, None], sin[:, None]).view(x.shape)
 
     def plain(self) -> Fused:
         """The same functions, not compiled."""

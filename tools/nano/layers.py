@@ -5,6 +5,7 @@ T tokens, N outputs, K inputs, R2 rotary pairs.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Tables(NamedTuple):
     compressed: tuple[Tensor, Tensor]
 
 
+@functools.lru_cache(maxsize=8)
 def tables(c: Config, length: int, device: torch.device) -> Tables:
     """Rotary tables of positions 0 to length - 1, by the inference graph's own formulas."""
     at = torch.arange(length)
