@@ -21,6 +21,7 @@ from tools.nano.needle import prompt
 from tools.nano.optimiser import orthogonal
 from tools.nano.schedule import STAGES, plans, rate, stage_of
 from tools.nano.sinkhorn import check, plain
+from tools.nano.state import lengthen, shorten
 from tools.nano.tokenizer import SPECIAL, train, write
 from tools.nano.train import Settings, Trainer
 from tools.runconfig import named_config
@@ -246,8 +247,19 @@ def test_a_resumed_run_is_the_same_run(tokenizer: Path, tmp_path: Path) -> None:
     assert rest.train()
     a, b = (torch.load(tmp_path / n / "state.pt", weights_only=True)["model"] for n in ("whole", "part"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    small = Trainer(replace(part, budget=None, resume=str(tmp_path / "part" / "small.pt")))
+    c = small.model.state_dict()
+    assert small.step == 4
+    assert all(torch.allclose(a[k], c[k], rtol=1e-4, atol=0) for k in a)
     with pytest.raises(ValueError, match="a resumed run needs the same"):
         Trainer(replace(part, seed=1, resume=state))
+
+
+def test_three_bytes_of_a_weight() -> None:
+    x = torch.randn(7, 5) * torch.logspace(-20, 20, 5)
+    parts = shorten(x)
+    assert (parts.dtype, parts.shape) == (torch.uint8, (35, 3))
+    assert ((lengthen(parts, x.shape) - x).abs() <= x.abs() * 2.0**-16).all()
 
 
 def test_fused_kinds() -> None:

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--tokens", type=int, default=32768)
     speed.add_argument("--seconds", type=float, default=500.0)
     speed.add_argument("--compiled", action="store_true")
+    speed.add_argument("--profile", action="store_true", help="also print the costliest kernels of a step of every stage")
     plot = verbs.add_parser("plot", help="draw the log's losses and needle accuracy")
     plot.add_argument("--log", required=True, metavar="FILE")
     plot.add_argument("--out", required=True, metavar="PNG")

@@ -73,7 +73,7 @@ class Indexer(nn.Module):
         q = self.mode.fused.rope(self.wq_b(qr).unflatten(-1, (self.heads, self.dim)), cos, sin)
         q_BTHd = self._rounded(q)
         w_BTH = self.weights_proj(x).float() * (self.dim**-0.5 * self.heads**-0.5)
-        dots = torch.einsum("bthd,bed->bhte", q_BTHd, keys_BEd)
+        dots = (q_BTHd.transpose(1, 2).flatten(1, 2) @ keys_BEd.mT).unflatten(1, (self.heads, -1))
         scores = self.mode.fused.index_scores(dots, w_BTH, visible_TE)
         usable = visible_TE.expand_as(scores)
         if self.mode.sparse and scores.shape[-1] > self.topk:
@@ -111,13 +111,14 @@ class Attention(nn.Module):
         q = F.pad(q_BTHC, (0, 0, 0, 0, 0, pad)).view(b, -1, w, h, c).transpose(2, 3)
         kv = F.pad(kv_BTC, (0, 0, 0, pad)).view(b, -1, w, c)
         keys = torch.cat([F.pad(kv[:, :-1], (0, 0, 0, 0, 1, 0)), kv], 2)
-        scores = (q * self.width**-0.5) @ keys.transpose(-1, -2)[:, :, None]
+        # heads as further rows of one product: with a broadcast key every head would get a copy of it
+        scores = ((q * self.width**-0.5).flatten(2, 3) @ keys.mT).unflatten(2, (h, w))
         i, j = torch.arange(w, device=q.device)[:, None], torch.arange(2 * w, device=q.device)
         near = (j > i) & (j <= i + w)
         first = near & (j >= w)
         allowed = torch.cat([first[None], near[None].expand(kv.shape[1] - 1, -1, -1)])
         p, lse = self.mode.fused.part(scores, allowed[None, :, None])
-        o = p @ keys[:, :, None]
+        o = (p.flatten(2, 3) @ keys).unflatten(2, (h, w))
         o = o.transpose(2, 3).reshape(b, -1, h, c)[:, :t]
         return o.transpose(1, 2), lse.transpose(2, 3).reshape(b, -1, h, 1)[:, :t].transpose(1, 2)
 
@@ -153,9 +154,10 @@ class Attention(nn.Module):
         if self.indexer is not None:
             chosen = self.indexer(x_BTD, qr, usable, tables)
             usable = chosen.usable[:, None]
-        scores = (q_BTHC.transpose(1, 2) * self.width**-0.5) @ entries_BEC.transpose(1, 2)[:, None]
+        rows = (q_BTHC.transpose(1, 2) * self.width**-0.5).flatten(1, 2)
+        scores = (rows @ entries_BEC.mT).unflatten(1, (self.heads, t))
         p_c, lse_c = self.mode.fused.part(scores, usable)
-        o_c = p_c @ entries_BEC[:, None]
+        o_c = (p_c.flatten(1, 2) @ entries_BEC).unflatten(1, (self.heads, t))
         total = torch.logaddexp(total, lse_c)
         share = torch.exp(lse_c - total)
         o = o_w * torch.exp(lse_w - total).to(o_w.dtype) + o_c * share.to(o_c.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -16,6 +17,32 @@ from tools.nano.optimiser import Optimiser
 from tools.nano.schedule import STAGES
 from tools.nano.train import losses
 from v4.config import Config
+
+
+def _profile(model: Nano, optimiser: Optimiser, batch: Batch) -> None:
+    """Print where one step spends its time: forward, backward and optimiser on the clock, then the costliest kernels."""
+    device = batch.ids_BT.device
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    marks = [now()]
+    total, _, _ = losses(model, batch, 0.3)
+    marks.append(now())
+    total.backward()
+    marks.append(now())
+    optimiser.step(1e-4)
+    marks.append(now())
+    print("forward, backward, optimiser:", *(f"{1000 * (b - a):.1f} ms" for a, b in pairwise(marks)), flush=True)
+    with torch.profiler.profile() as seen:
+        total, _, _ = losses(model, batch, 0.3)
+        total.backward()
+        optimiser.step(1e-4)
+        now()
+    key = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    print(seen.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=70), flush=True)
 
 
 def report(args: argparse.Namespace, steps: int = 5) -> None:
@@ -45,9 +72,11 @@ def report(args: argparse.Namespace, steps: int = 5) -> None:
             model.balance(loads, 1e-3)
         seconds = (time.perf_counter() - began) / steps
         mean += stage.share * seconds
+        if args.profile:
+            _profile(model, optimiser, batch)
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
         print(
             f"{stage}: {1000 * seconds:.1f} ms, {ids.numel() / seconds:,.0f} tokens/s, first step {first:.1f} s, "
-            f"{peak:.1f} GiB, loss {float(total):.3f}, norm {norm:.3f}", flush=True,
+            f"{peak:.1f} GiB, loss {float(total.detach()):.3f}, norm {norm:.3f}", flush=True,
         )  # fmt: skip
     print(f"{args.seconds:.0f} s hold {int(args.seconds / mean)} steps of {args.tokens} tokens", flush=True)

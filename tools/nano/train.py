@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from tools.nano import state
 from tools.nano.batches import Batch, Batches, Encoder, stream
 from tools.nano.export import export
 from tools.nano.fused import Fused
@@ -27,7 +28,7 @@ from tools.nano.schedule import plans, rate, stage_of
 from v4.config import Config
 from v4.tokenizer import Tokenizer
 
-STATE, LOG = "state.pt", "log.jsonl"
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Trainer:
     def __init__(self, s: Settings) -> None:
         self.s, self.out, self.device = s, Path(s.out), torch.device(s.device)
         self.out.mkdir(parents=True, exist_ok=True)
+        torch.set_float32_matmul_precision("high")
         mode = Mode(fused=Fused(compiled=s.compiled, sinkhorn_kind=s.sinkhorn))
         config = Config.from_file(Path(s.config))
         self.tokenizer = Tokenizer(s.tokenizer)
@@ -93,25 +95,14 @@ class Trainer:
         self.optimiser = Optimiser(self.model)
         self.step = 0
         if s.resume:
-            self._load(Path(s.resume))
+            self.step = state.load(Path(s.resume), self.model, self.optimiser, self._fixed())
 
     def _fixed(self) -> dict[str, Any]:
         return {k: getattr(self.s, k) for k in ("steps", "tokens", "longest", "seed", "peak", "draft_weight")}
 
-    def _load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["fixed"] != self._fixed():
-            raise ValueError(f"{path}: made with {state['fixed']}, this run has {self._fixed()}; a resumed run needs the same")
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load(state["optimiser"])
-        self.step = state["step"]
-
     def save(self) -> None:
-        """Write what a resumed run needs, whole or not at all."""
-        new = self.out / f"{STATE}.new"
-        state = {"fixed": self._fixed(), "model": self.model.state_dict(), "optimiser": self.optimiser.state(), "step": self.step}
-        torch.save(state, new)
-        new.replace(self.out / STATE)
+        """Write what a resumed run needs (tools/nano/state.py)."""
+        state.save(self.out, self.model, self.optimiser, self.step, self._fixed())
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one JSON line."""
