@@ -63,7 +63,7 @@ class Indexer(nn.Module):
     def _rounded(self, x: Tensor) -> Tensor:
         if not self.mode.quantise:
             return x
-        return fake.fp4(x @ fake.hadamard_matrix(self.dim, x.device).to(x.dtype))
+        return self.mode.fused.fp4_rows(x @ fake.hadamard_matrix(self.dim, x.device).to(x.dtype))
 
     def forward(self, x_BTD: Tensor, qr: Tensor, visible_TE: Tensor, tables: Tables) -> Selection:
         """Scores of all entries; usable are the visible ones, or the top-k of them when the mode is sparse."""
@@ -102,7 +102,7 @@ class Attention(nn.Module):
     def _stored(self, rows: Tensor) -> Tensor:
         if not self.mode.quantise:
             return rows
-        return fake.fp8_activation(rows, 64, self.width - self.config.qk_rope_head_dim)
+        return self.mode.fused.fp8_activation(rows, 64, self.width - self.config.qk_rope_head_dim)
 
     def _window(self, q_BTHC: Tensor, kv_BTC: Tensor) -> tuple[Tensor, Tensor]:
         w = self.config.sliding_window

@@ -89,7 +89,7 @@ TOOLS: dict[str, dict[str, tuple[str, ...]]] = {
 _REQUESTS = {
     "get_weather": "What is the weather in {city} in the {time}?",
     "send_letter": "Send a letter to {name} in {city}.",
-    "set_alarm": "Set an alarm for {hour} on {time}.",
+    "set_alarm": "Set an alarm for {hour}, {time}.",
     "find_word": "Find the word {word}.",
 }
 

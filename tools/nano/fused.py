@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tools.nano import fake
 from tools.nano.sinkhorn import sinkhorn
 
 T = TypeVar("T")
@@ -121,7 +122,16 @@ class Fused:
         self.hc_coefficients, self.hc_post, self.hc_head = wrap(hc_coefficients), wrap(hc_post), wrap(hc_head)
         self.swiglu, self.pool, self.part = wrap(swiglu), wrap(pool), wrap(part)
         self.index_scores, self.index_loss = wrap(index_scores), wrap(index_loss)
+        self._fp8_activation, self._fp4_rows = wrap(fake.fp8_activation), wrap(fake.fp4)
         self.sinkhorn = sinkhorn(sinkhorn_kind)
+
+    def fp8_activation(self, x: Tensor, group: int = 128, channels: int | None = None) -> Tensor:
+        """As fake.fp8_activation; always called with two dimensions."""
+        return self._fp8_activation(x.reshape(-1, x.shape[-1]), group, channels).view(x.shape)
+
+    def fp4_rows(self, x: Tensor) -> Tensor:
+        """As fake.fp4; always called with two dimensions."""
+        return self._fp4_rows(x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As the function; always called with two dimensions, so that one compiled version serves every rank."""

@@ -9,6 +9,9 @@ from random import Random
 
 from tools.nano.words import COLOURS, FEELINGS, NAMES, NUMBERS, OBJECTS, PLACES, SPOTS, TIMES
 
+EVENTS = 12
+"""Kinds of events; a story tells each once before any comes again."""
+
 
 class Story:
     """One story; `sentence` gives its next sentence, with the space before it."""
@@ -22,6 +25,7 @@ class Story:
         self.time, self.feeling, self.count = r.choice(TIMES), r.choice(FEELINGS), r.choice(NUMBERS)
         self.holder, self.friend = self.one, self.two
         self.told = 0
+        self.deck: list[int] = []
 
     def sentence(self) -> str:
         """The next sentence: the opening first, then events in random order."""
@@ -34,7 +38,9 @@ class Story:
 
     def _event(self) -> str:
         a, b = (self.holder, self.friend) if self.r.random() < 0.7 else (self.friend, self.holder)
-        pick = self.r.randrange(12)
+        if not self.deck:
+            self.deck = self.r.sample(range(EVENTS), EVENTS)
+        pick = self.deck.pop()
         if pick == 0:
             self.holder, self.friend = self.friend, self.holder
             return f" Then {self.friend} gave the {self.thing} to {self.holder}."

@@ -65,7 +65,7 @@ class Linear(nn.Module):
         """[..., K] -> [..., N] in x's type."""
         w: Tensor = self.weight
         if self.packed and self.mode.quantise:
-            x, w = fake.fp8_activation(x), fake.fp8_weight(w)
+            x, w = self.mode.fused.fp8_activation(x), fake.fp8_weight(w)
         return F.linear(x, w.to(x.dtype))
 
 

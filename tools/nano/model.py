@@ -62,7 +62,8 @@ class Gate(nn.Module):
 
     def forward(self, x_ND: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
         """Weights fp32 [N, E] and the share of choices that each expert got, fp32 [E]."""
-        s = F.softplus(F.linear(x_ND.float(), self.weight)).sqrt()
+        # in the type of the activations: an fp32 product with so few columns has a slow gradient
+        s = F.softplus(F.linear(x_ND, self.weight.to(x_ND.dtype)).float()).sqrt()
         sel = self.tid2eid[ids_N] if self.hashed else (s.detach() + self.bias).topk(self.topk, -1).indices
         g = torch.zeros_like(s).scatter(-1, sel, 1.0) * s
         load = (g.detach() > 0).float().mean(0) / self.topk
@@ -84,13 +85,13 @@ class Experts(nn.Module):
         weights: list[Tensor] = [self.w1, self.w2, self.w3]
         x = x_ND
         if self.mode.quantise:
-            weights, x = [fake.fp4(w) for w in weights], fake.fp8_activation(x)
+            weights, x = [fake.fp4(w) for w in weights], self.mode.fused.fp8_activation(x)
         w1, w2, w3 = weights
         a = F.linear(x, w1.flatten(0, 1).to(x.dtype)).unflatten(-1, (w1.shape[0], -1))
         b = F.linear(x, w3.flatten(0, 1).to(x.dtype)).unflatten(-1, (w1.shape[0], -1))
         h = self.mode.fused.swiglu(a, b, self.limit, g_NE[..., None])
         if self.mode.quantise:
-            h = fake.fp8_activation(h)
+            h = self.mode.fused.fp8_activation(h)
         return h.flatten(1) @ w2.transpose(1, 2).flatten(0, 1).to(x.dtype)
 
 
