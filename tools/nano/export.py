@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tools.nano.model import Nano
+from tools.nano.tokenizer import config_file
 from v4.config import Config
 from v4.packing import quantise_fp4, quantise_fp8
 from v4.prompt_own import own_texts_file
@@ -60,6 +61,6 @@ def export(model: Nano, out: str | Path, *, storage: str = "hub", tokenizer: str
     """Write a checkpoint directory (replacing one that is there). storage: "hub" or "f32". Errors as `v4.save.save`."""
     files = {"encoding/encoding_v4.py": own_texts_file()}
     if tokenizer is not None:
-        files["tokenizer.json"] = Path(tokenizer).read_bytes()
+        files |= {"tokenizer.json": Path(tokenizer).read_bytes(), "tokenizer_config.json": config_file()}
     config = model.config if storage == "hub" else plain(model.config)
     return save(tensors(model, storage), config, out, extra_files=files, overwrite=True)

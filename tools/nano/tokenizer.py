@@ -5,6 +5,7 @@ A digit, a run of letters or a run of other signs is a word, with the one space 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer as Built
 
 from tools.nano.documents import copying, counting, own_texts, recall, story, tool_call
 from tools.nano.facts import FAMILIES, keys, make
-from v4.tokenizer import DSML, END_THINK, SPECIAL_IDS, THINK
+from v4.tokenizer import BOS, DSML, END_THINK, EOS, SPECIAL_IDS, THINK
 
 SPECIAL = tuple(sorted(SPECIAL_IDS, key=lambda s: SPECIAL_IDS[s]))
 """Special strings in the order of their ids here: BOS 0, EOS 1, PAD 2, then the others."""
@@ -62,3 +63,12 @@ def write(built: Built, path: str | Path) -> None:
     """Store as tokenizer.json."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     built.save(str(path), pretty=False)
+
+
+def config_file() -> bytes:
+    """tokenizer_config.json of a checkpoint with this tokenizer."""
+    values = {
+        "add_bos_token": False, "add_eos_token": False, "bos_token": BOS, "clean_up_tokenization_spaces": False, "eos_token": EOS,
+        "model_max_length": 1048576, "pad_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast",
+    }  # fmt: skip
+    return (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()
