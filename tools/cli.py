@@ -13,6 +13,7 @@ from typing import Any
 
 from tools import generation_arguments
 from tools.compare import arguments as compare_arguments
+from tools.eval import arguments as eval_arguments
 from tools.parity import arguments as parity_arguments
 from tools.trace import arguments as trace_arguments
 
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     parity_arguments.add(verbs)
     trace_arguments.add(verbs)
     compare_arguments.add(verbs)
+    eval_arguments.add(verbs)
     return top
 
 
@@ -123,6 +125,10 @@ def _run(args: argparse.Namespace) -> int:
         from tools.compare import run as compare
 
         return compare.run(args)
+    if args.verb == "eval":
+        from tools.eval import run as evaluate
+
+        return evaluate.run(args)
     if args.verb == "trace":
         from tools.trace import run as trace
 

@@ -121,6 +121,17 @@ mutant(_OP, "neighbour", "one chosen entry is replaced by the next one behind it
     )
 )
 
+
+@mutant(_OP, "random", "random ones of the visible entries are chosen, whatever their scores")
+def _random(call: Any, *args: Any, **kwargs: Any) -> Tensor:
+    a = arguments(_OP, args, kwargs)
+    visible = torch.tensor([(p + 1) // a["ratio"] for _, _, p in paged.tokens(a["cu_seqlens"], a["start_pos"])])
+    most = max(a["topk"], *visible.tolist(), 0)
+    draw = torch.rand(len(visible), most, generator=torch.Generator().manual_seed(int(visible.sum())))
+    best = draw.masked_fill(torch.arange(most) >= visible[:, None], -1).topk(a["topk"], 1)
+    return best.indices.masked_fill(best.values < 0, -1).to(a["q_THd"].device, torch.int32)
+
+
 # ---- legal ----------------------------------------------------------------------------------------------------------
 
 legal(_OP, "list_reversed", "the list in descending order of the index")(_built(pick=lambda s, k: _best(s, k).flip(0)))

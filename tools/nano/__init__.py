@@ -1,0 +1,1 @@
+"""The trained nano model: data, tokenizer, differentiable model, training, and export in the hub's checkpoint format."""
