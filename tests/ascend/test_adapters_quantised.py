@@ -31,7 +31,7 @@ PLAIN = {
 """Ops of a quantised layer that plain torch serves, besides the bf16 product of the indexer's weights, which is the vendor's own."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["CSA", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "CSA")])
 @pytest.mark.parametrize("name", ["flash", pytest.param("pro", marks=pytest.mark.slow)])
 def test_layer_of_the_chips_mode(name: str, kind: str, soc: str, device: torch.device) -> None:
     mode = TARGETS[MODES[soc]]

@@ -144,6 +144,11 @@ def _on_call(name: bytes, ints: Any, reals: Any, stack: Any) -> int:
     return OK
 
 
+def runtime() -> ctypes.CDLL:
+    """The stand-in of CANN's runtime that is loaded. KeyError before `load`."""
+    return _libraries["libascendcl.so"]
+
+
 def waits() -> Counter[str]:
     """How often the host waited for or copied from and to the device since the process began, by reason."""
     counter = _libraries["libascendcl.so"].standin_counter
