@@ -31,7 +31,8 @@ _scales = ByIdentity()
 def row_scales(scale_TG: Tensor, inputs: int) -> Tensor:
     """E8M0 scales [T, K/128] of activations as uint8 [T, K/64, 2]: one per 32 channels, in pairs."""
     tokens, groups = scale_TG.shape
-    return scale_TG.view(torch.uint8)[:, :, None].expand(tokens, groups, _BLOCK // _MX).reshape(tokens, inputs // _PAIR, 2)
+    wide = scale_TG.view(torch.uint8)[:, :, None].expand(tokens, groups, _BLOCK // _MX).reshape(tokens, inputs // _PAIR, 2)
+    return wide.contiguous()  # with one group, reshape gives a view that repeats one byte, which the host code takes for a transposed one
 
 
 def block_scales(scale_BG: Tensor, outputs: int, inputs: int) -> Tensor:

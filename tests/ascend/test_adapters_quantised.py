@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import v4
+from backends.ascend.mx import row_scales
 from backends.ascend.prepare import prepare
 from backends.ascend.recipes import TARGETS
 from ops.registry import bind
@@ -96,6 +97,7 @@ ALWAYS_PLAIN = {"linear", "hc_head", "argmax"}
 @pytest.mark.parametrize("mode", ["bf16", "chip"])
 def test_what_falls_to_plain_torch_in_the_nano_model(mode: str, soc: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("V4_ASCEND_SOC", soc)
+    monkeypatch.setenv("V4_ASCEND_DEVICE", device.type)
     target = TARGETS[MODES[soc]]
     seen = Seen()
     binding = binding_of(soc, torch.bfloat16)
@@ -110,3 +112,8 @@ def test_what_falls_to_plain_torch_in_the_nano_model(mode: str, soc: str, device
     listed = ALWAYS_PLAIN | TOO_SMALL | ({"quant_fp8"} if mode == "chip" and soc == "950" else set())
     assert fallen <= listed, {op: seen.labels[op] for op in fallen - listed}
     assert fallen >= TOO_SMALL
+
+
+def test_scales_of_one_group_lie_in_memory_one_by_one() -> None:
+    scale = torch.full((1, 1), 120, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    assert row_scales(scale, 128).stride() == (4, 2, 1)

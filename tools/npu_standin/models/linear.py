@@ -53,6 +53,8 @@ def _mx(x1: Tensor, x2: Tensor, scale: Tensor, row_scale: Tensor, first: torch.d
     require_shape(OP, "scale", scale, None, n, 2)
     alike = scale.shape[0] == 1 or x2.is_contiguous() == scale.is_contiguous()
     require(alike, OP, f"x2 {x2.stride()} and scale {scale.stride()}", "both transposed views, or neither: torch_npu's host code checks it")
+    alike = x1.is_contiguous() == row_scale.is_contiguous()
+    require(alike, OP, f"x1 {x1.stride()} and pertoken_scale {row_scale.stride()}", "both transposed views, or neither: the host code checks it")
     return mx_values(x1, row_scale, first) @ mx_values(x2.T, scale.transpose(0, 1), second).T
 
 
