@@ -40,7 +40,8 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            # the package's own number lacks the build (+cu130), which decides what runs
+            found[package] = torch.__version__ if package == "torch" else version(package)
         except PackageNotFoundError:
             found[package] = None
     return found
