@@ -91,6 +91,9 @@ def test_state_saved_for_the_last_window_only_is_seen(compress: Callable[..., Te
     try:
         with _Altered(COMPRESSOR, last_block_only):
             entries, _ = run(compress, "C4A", 4096, [(0, 33), (30, 131)])
-    except RuntimeError:  # rows that were not kept are asked for, in block 0
+    except RuntimeError as error:
+        # the stand-in refuses to read rows that were not kept; a device would read whatever lies in block 0
+        if "block 0 is reserved" not in str(error):
+            raise
         return
     assert not torch.allclose(entries, whole, rtol=2**-7, atol=2**-7)
