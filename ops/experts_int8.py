@@ -143,10 +143,10 @@ def _samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
     yield from (s for s in hard_samples(g, dtype, _weights) if s.name != "outliers")
     rows, w13, w2 = _outliers(g, [2, 0, 3], dtype)
     yield Sample("outliers", (*rows, *_weights(w13, w2)), {"limit": 10.0}, ("outliers",))
-    (x, weight, counts), (w13, w2) = sample_rows(g, [3, 0, 2], 256, dtype), sample_dense(g, 3, 256, 128, 1.0)
+    (x, weight, counts_E), (w13, w2) = sample_rows(g, [3, 0, 2], 256, dtype), sample_dense(g, 3, 256, 128, 1.0)
     # a scale that two rows share leaves the small one hardly a code
     x[::2] /= 64
-    yield Sample("uneven", (x, weight, counts, *_weights(w13, w2)), {"limit": 10.0}, ("uneven",))
+    yield Sample("uneven", (x, weight, counts_E, *_weights(w13, w2)), {"limit": 10.0}, ("uneven",))
 
 
 def _errors(dtype: torch.dtype) -> Iterator[WrongInput]:
