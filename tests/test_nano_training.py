@@ -111,6 +111,19 @@ def test_comparison_sees_every_mechanism(pair: tuple[Nano, v4.LoadedModel], name
     assert wrong > 1e-3
 
 
+def test_window_of_a_stage() -> None:
+    """A stage's window is that of a model configured so, and the last stage has the configuration's own."""
+    config = small()
+    models = [shaken(config), shaken(config), shaken(replace(config, sliding_window=16))]
+    models[1].mode.window = 16
+    ids = torch.randint(0, 1024, (200,), generator=torch.Generator().manual_seed(2))
+    own, narrow, configured = (logits(m, ids) for m in models)
+    assert torch.equal(narrow, configured)
+    assert (own - narrow).abs().max() > 0.01
+    STAGES[-1].apply(models[1].mode)
+    assert (models[1].mode.window, models[1].mode.sparse, models[1].mode.quantise) == (None, True, True)
+
+
 def test_fake_quantised_model_is_the_packed_graph(tmp_path: Path) -> None:
     # every entry is chosen: a selection that differs by one rounding would say nothing about the quantisers
     model = shaken(small(index_topk=256), Mode(quantise=True))

@@ -105,7 +105,7 @@ class Attention(nn.Module):
         return self.mode.fused.fp8_activation(rows, 64, self.width - self.config.qk_rope_head_dim)
 
     def _window(self, q_BTHC: Tensor, kv_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        w = self.config.sliding_window
+        w = self.mode.window or self.config.sliding_window
         b, t, h, c = q_BTHC.shape
         pad = -t % w
         q = F.pad(q_BTHC, (0, 0, 0, 0, 0, pad)).view(b, -1, w, h, c).transpose(2, 3)

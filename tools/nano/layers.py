@@ -21,10 +21,14 @@ from v4.config import Config
 
 @dataclass
 class Mode:
-    """Switches of a training stage. sparse: CSA sees only what the indexer selects; quantise: fake FP8 and FP4."""
+    """Switches of a training stage. sparse: CSA sees only what the indexer selects; quantise: fake FP8 and FP4.
+
+    window: tokens of the sliding window in place of the configuration's, if given.
+    """
 
     sparse: bool = True
     quantise: bool = False
+    window: int | None = None
     fused: Fused = field(default_factory=Fused)
 
 

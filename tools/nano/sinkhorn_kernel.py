@@ -48,11 +48,11 @@ def _backward(z_ptr, up_ptr, out_ptr, count, eps, STEPS: tl.constexpr, BLOCK: tl
             else:
                 p = p / (tl.sum(p, 2)[:, :, None] + eps)
         if k % 2 == 0:
-            total = tl.sum(p, 1)[:, None, :] + eps
-            g = g / total - tl.sum(g * p / (total * total), 1)[:, None, :]
+            columns = tl.sum(p, 1)[:, None, :] + eps
+            g = g / columns - tl.sum(g * p / (columns * columns), 1)[:, None, :]
         else:
-            total = tl.sum(p, 2)[:, :, None] + eps
-            g = g / total - tl.sum(g * p / (total * total), 2)[:, :, None]
+            rows = tl.sum(p, 2)[:, :, None] + eps
+            g = g / rows - tl.sum(g * p / (rows * rows), 2)[:, :, None]
     g = s * (g - tl.sum(s * g, 2)[:, :, None])
     tl.store(out_ptr + at, g, mask=mask)
 

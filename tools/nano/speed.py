@@ -57,7 +57,7 @@ def report(args: argparse.Namespace, steps: int = 5) -> None:
     optimiser = Optimiser(model)
     mean = 0.0
     for stage in STAGES:
-        mode.sparse, mode.quantise = stage.sparse, stage.quantise
+        stage.apply(mode)
         rows = max(1, args.tokens // stage.length)
         ids = torch.randint(0, model.config.vocab_size, (rows, stage.length), device=device)
         batch = Batch(ids, torch.ones_like(ids, dtype=torch.float32))

@@ -127,7 +127,7 @@ class Trainer:
         bar = tqdm(total=s.steps, initial=self.step, desc="train", mininterval=5)
         for batch in feed:
             stage = stage_of(self.step, s.steps)
-            self.model.mode.sparse, self.model.mode.quantise = stage.sparse, stage.quantise
+            stage.apply(self.model.mode)
             moved = Batch(*(x.to(self.device, non_blocking=True) for x in batch))
             total, parts, loads = losses(self.model, moved, s.draft_weight)
             total.backward()
@@ -155,8 +155,7 @@ class Trainer:
         bar.close()
         self.save()
         if self.step == s.steps:
-            stage = stage_of(s.steps, s.steps)
-            self.model.mode.sparse, self.model.mode.quantise = stage.sparse, stage.quantise
+            stage_of(s.steps, s.steps).apply(self.model.mode)
         self.probe(tuple(n for n in (256, 512, 1024, 2048, 4096, 8192) if n <= 2 * s.longest))
         export(self.model, self.out / "checkpoint", tokenizer=s.tokenizer)
         return self.step == s.steps
