@@ -1,5 +1,6 @@
 """The training model is the inference graph, its fake quantisers are the packed formats, and a resumed run is the same run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ from ops.quant import roundtrip_fp8
 from ops.quant_fp4 import roundtrip_fp4
 from tools.nano import fake
 from tools.nano.batches import Batches, Encoder, Plan
-from tools.nano.documents import own_texts, recall, story, tool_call, tool_request
+from tools.nano.documents import ANSWER_WEIGHT, own_texts, recall, story, tool_call, tool_request
 from tools.nano.export import export
 from tools.nano.fused import Fused
 from tools.nano.layers import Mode
@@ -29,7 +30,7 @@ from v4.config import Config
 from v4.encoding import encode
 from v4.packing import quantise_fp4, quantise_fp8, unpack_fp4, unpack_fp8
 from v4.parsing import parse
-from v4.tokenizer import Tokenizer
+from v4.tokenizer import ASSISTANT, END_THINK, EOS, Tokenizer
 
 SMALL = {
     "hidden_size": 128, "num_attention_heads": 4, "n_routed_experts": 4, "o_lora_rank": 64, "vocab_size": 1024,
@@ -199,6 +200,22 @@ def test_encoder_equals_tokenizer(tokenizer: Path) -> None:
             assert encoder.document(document)[0] == encoder(text) == known.encode(text)
 
 
+def test_tool_documents_are_whole_conversations() -> None:
+    """Every turn of the assistant parses, and exactly the values of parameters carry the weight of answers."""
+    texts = own_texts()
+    calls = 0
+    for seed in range(20):
+        document = tool_call(Random(seed), texts)
+        text = "".join(piece.text for piece in document)
+        turns = [t.split(EOS)[0] for t in text.split(f"{ASSISTANT}{END_THINK}")[1:]]
+        parsed = [parse(t + EOS, mode="chat") for t in turns]
+        values = [str(v) for p in parsed for c in p.tool_calls for v in json.loads(c.arguments).values()]
+        assert [piece.text for piece in document if piece.weight == ANSWER_WEIGHT] == values
+        assert {p.content for p in parsed} <= {"I will do that.", "It is done."}
+        calls += sum(len(p.tool_calls) for p in parsed)
+    assert calls > 20
+
+
 def test_documents_are_the_prompt_format(tokenizer: Path) -> None:
     text = "".join(piece.text for piece in recall(Random(0), 200))
     context, question = text.split("\n\n", 1)
@@ -207,7 +224,7 @@ def test_documents_are_the_prompt_format(tokenizer: Path) -> None:
     user = {"role": "user", "content": f"{context.split('<｜User｜>', 1)[1]}\n\n{question}"}
     assert text.startswith(encode([user, {"role": "assistant", "content": answer}]))
     messages, reply = tool_request(Random(1))
-    whole = "".join(piece.text for piece in tool_call(Random(1), own_texts()))
+    whole = encode([*messages, reply], texts=own_texts())
     completion = parse(whole[len(encode(messages, texts=own_texts())) :], mode="chat")
     assert [c.name for c in completion.tool_calls] == [reply["tool_calls"][0]["function"]["name"]]  # type: ignore[index]
 

@@ -66,11 +66,11 @@ def _part(r: Random, encoder: Encoder, texts: PromptTexts, room: int) -> tuple[l
     pick = r.random()
     if pick < 0.66 and room >= _SHORTEST_RECALL:
         return _fitting_recall(r, encoder, room if r.random() < 0.8 else r.randint(_SHORTEST_RECALL, room))
-    if pick > 0.95 and room >= _SHORTEST_TOOL:
+    if pick > 0.82 and room >= _SHORTEST_TOOL:
         return encoder.document(tool_call(r, texts))
-    if 0.8 < pick <= 0.88:
+    if 0.78 < pick <= 0.84:
         return encoder.document(copying(r))
-    if 0.88 < pick <= 0.95:
+    if 0.84 < pick <= 0.9:
         return encoder.document(counting(r))
     return encoder.document(story(r, r.randint(60, min(room + 60, 800))))
 

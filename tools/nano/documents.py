@@ -6,6 +6,7 @@ A piece starts where a token must start (a space, a line break or a special stri
 from __future__ import annotations
 
 import json
+import re
 from random import Random
 from typing import NamedTuple
 
@@ -112,23 +113,56 @@ def _schema(name: str) -> dict[str, object]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def tool_request(r: Random) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """Messages that ask for one call, and the assistant message that makes it."""
-    names = r.sample(sorted(TOOLS), r.randint(1, 3))
+def _call(r: Random, names: list[str]) -> list[dict[str, object]]:
+    """A user's request for one of the tools, and the assistant's message that calls it."""
     name = r.choice(names)
     values = {key: r.choice(choices) for key, choices in TOOLS[name].items()}
     typed: dict[str, object] = {k: int(v) if k == "hour" else v for k, v in values.items()}
-    messages: list[dict[str, object]] = [
-        {"role": "system", "content": "You can call tools.", "tools": [_schema(n) for n in names]},
-        {"role": "user", "content": _REQUESTS[name].format(**values)},
-    ]
     call = {"id": "c", "type": "function", "function": {"name": name, "arguments": json.dumps(typed)}}
-    return messages, {"role": "assistant", "content": "I will do that.", "tool_calls": [call]}
+    return [
+        {"role": "user", "content": _REQUESTS[name].format(**values)},
+        {"role": "assistant", "content": "I will do that.", "tool_calls": [call]},
+    ]
+
+
+def _tools(r: Random) -> tuple[dict[str, object], list[str]]:
+    names = r.sample(sorted(TOOLS), r.randint(1, 3))
+    return {"role": "system", "content": "You can call tools.", "tools": [_schema(n) for n in names]}, names
+
+
+def tool_request(r: Random) -> tuple[list[dict[str, object]], dict[str, object]]:
+    """Messages that ask for one call, and the assistant message that makes it."""
+    system, names = _tools(r)
+    request, reply = _call(r, names)
+    return [system, request], reply
+
+
+_VALUE = re.compile(r"(?<=>)[^<>\s]+(?=</｜DSML｜parameter>)")
+
+
+def _weighted(text: str) -> Document:
+    """An assistant's turn, the values of its parameters weighted as answers are."""
+    out: Document = []
+    at = 0
+    for found in _VALUE.finditer(text):
+        out += [Piece(text[at : found.start()], 2.0), Piece(found.group(), ANSWER_WEIGHT)]
+        at = found.end()
+    return [*out, Piece(text[at:], 2.0)]
 
 
 def tool_call(r: Random, texts: PromptTexts) -> Document:
-    """A conversation with one tool call in the DSML format."""
-    messages, reply = tool_request(r)
-    prompt = encode(messages, texts=texts)
-    whole = encode([*messages, reply], texts=texts)
-    return [Piece(prompt), Piece(whole[len(prompt) :], 2.0)]
+    """A conversation with one to five tool calls in the DSML format: the tools' long description is read once for all of them."""
+    system, names = _tools(r)
+    messages = [system]
+    document: Document = []
+    so_far = ""
+    for n in range(r.randint(1, 5)):
+        if n:
+            messages += [{"role": "tool", "tool_call_id": "c", "content": "done"}, {"role": "assistant", "content": "It is done."}]
+        request, reply = _call(r, names)
+        prompt = encode([*messages, request], texts=texts)
+        messages += [request, reply]
+        whole = encode(messages, texts=texts)
+        document += [Piece(prompt[len(so_far) :]), *_weighted(whole[len(prompt) :])]
+        so_far = whole
+    return document
