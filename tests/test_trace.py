@@ -185,6 +185,17 @@ def test_a_fault_planted_in_the_replay_is_located(trace: Path, capsys: pytest.Ca
     assert "FIRST WRONG as replayed on cpu: sparse_attention@layers.2#3 (step 3" in capsys.readouterr().out
 
 
+def test_a_fault_planted_where_no_call_is_is_refused(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = "planted fault hc_head:mean@head#99 meets none of the"
+    refused(["replay", str(trace), "--plant", "hc_head:mean@head#99"], message, capsys)
+
+
+def test_a_fault_without_effect_is_said_to_be_one(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of ordinary size do not show which epsilon is added to their mean square."""
+    assert main(["trace", "replay", str(trace), "--plant", "rms_norm:eps_times_10@layers.2#0"]) == 0
+    assert "rms_norm:eps_times_10@layers.2#0: reached, but no input of this run shows it" in capsys.readouterr().out
+
+
 def test_weights_come_from_the_checkpoint_when_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record(tmp_path / "t", "--no-weights", "--places", "3") == 0
     refused(["replay", str(tmp_path / "t")], "recorded without weights: give the checkpoint with --checkpoint DIR", capsys)

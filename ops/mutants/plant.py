@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,11 @@ class Plant:
     def __str__(self) -> str:
         at = f"@{self.place}" if self.place else ""
         return f"{self.variant}{at}" + ("" if self.step is None else f"#{self.step}")
+
+    @staticmethod
+    def harmless(plants: Sequence[str]) -> str:
+        """What to say of planted faults that were reached and of which the judge saw nothing."""
+        return f"planted {', '.join(plants)}: reached, but no input of this run shows it; try another place, or a longer prompt"
 
     def meets(self, op: str, place: str, count: int) -> bool:
         """Whether the fault sits in call `count` of `op` at `place`."""

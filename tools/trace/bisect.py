@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ops.mutants import Plant
 from ops.trace import Call, Finding, Recorder, Selection, Trace, changed, finding
 from tools.trace import selection
 from tools.trace.progress import counted
@@ -135,6 +136,8 @@ def text(found: dict[str, Any]) -> str:
     if found["swap"]:
         lines += found["swap"]["sentences"]
     if found["ok"]:
+        if found["plants"]:
+            lines.append(Plant.harmless(found["plants"]))
         lines.append(f"nothing wrong: {found['judged']} calls judged, {found['calls']} looked at")
     elif found["first"] and found["trace"] is None:
         f = found["first"]

@@ -57,8 +57,18 @@ def chosen(args: argparse.Namespace, trace: Trace) -> list[dict[str, Any]]:
     return found
 
 
-def _plants(args: argparse.Namespace, binding: Binding) -> Callable[[Call], Callable[..., Any]]:
+def planted(args: argparse.Namespace, records: list[dict[str, Any]]) -> list[Plant]:
+    """The faults to plant. ValueError for one that none of the calls meets: their results would be those of correct ops."""
     plants = [Plant.parse(text) for text in args.plant or ()]
+    if missed := [str(p) for p in plants if not any(p.meets(r["op"], r["place"], r["count"]) for r in records)]:
+        raise ValueError(
+            f"planted fault {', '.join(missed)} meets none of the {len(records)} calls that are replayed; "
+            "v4 trace show lists what the trace holds, --places, --only and --steps narrow it"
+        )
+    return plants
+
+
+def _plants(plants: list[Plant], binding: Binding) -> Callable[[Call], Callable[..., Any]]:
 
     def function(call: Call) -> Callable[..., Any]:
         fn = getattr(binding.ops, call.op)
@@ -90,7 +100,8 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     overrides = parse_overrides(args.ops) if args.ops else None
     binding = bind(chain_of(args.backend, strict=args.strict), dtype=dtype, overrides=overrides, only=ops)
     device = torch.device(load_backend(args.backend).DEVICE)
-    function = _plants(args, binding)
+    plants = planted(args, records)
+    function = _plants(plants, binding)
     table: dict[str, dict[str, Any]] = {}
     wrong: list[dict[str, Any]] = []
     for record in counted(records, len(records), "replay"):
@@ -121,6 +132,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         "trace": str(trace.folder),
         "recorded_on": {k: h.get(k) for k in ("created", "backend", "dtype", "numerics", "versions", "plants")},
         "backend": args.backend,
+        "plants": [str(p) for p in plants],
         "calls": len(records),
         "by_op": dict(sorted(table.items())),
         "wrong": wrong,
@@ -150,6 +162,8 @@ def text(found: dict[str, Any]) -> str:
                 f"FIRST WRONG as {what}: {first['where']} (step {first['step']}, backend {first['backend']}), {count} in all"
             )
             lines += [f"  {p}" for p in first["problems"]]
+    if found["plants"] and not found["first_replayed"]:
+        lines.append(Plant.harmless(found["plants"]))
     lines.append(f"{found['calls']} calls: " + ("all right, as recorded and as replayed" if found["ok"] else "WRONG"))
     return "\n".join(lines)
 
