@@ -229,7 +229,8 @@ def _compress_bound(
     weight, rotary = norm_weight.double().abs(), 2 * cos_ER2.shape[1]
     for e, ((k, s), (dk, ds)) in enumerate(zip(values, errors, strict=True)):
         pooled, d = _pool_error(k, s, dk, ds)
-        d = d + u_x * (pooled.abs() + d)
+        # below the smallest normal number, which fp16 reaches, a rounding is absolute
+        d = d + u_x * (pooled.abs() + d + torch.finfo(x_TD.dtype).smallest_normal)
         inverse = torch.rsqrt(pooled.square().mean() + eps)
         # first order through v*r with r = (mean v^2 + eps)^-1/2; 1/32 more for the second order, d being at most u_x relative
         d = (1 + 2**-5) * weight * inverse * (d + pooled.abs() * inverse.square() * (pooled.abs() * d).mean())

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ops.contract import CONTRACTS
+from ops.probe import Probe
+from ops.registry import load_backend
 from tools.cli import main
 from tools.parity import gaps
-from tools.parity.cases import Combination, Outcome, judge_combination
+from tools.parity.cases import Combination, Outcome, judge_combination, socs_of
 from tools.parity.gaps import Gap
 from tools.parity.rules import NAMES, compare
 
@@ -69,6 +73,32 @@ def test_samples_asks_for_more_seeds() -> None:
     judge_combination(where, many, seed=0, at_least=3 * len(few.cases))
     assert len(many.cases) == 3 * len(few.cases)
     assert {c.seed for c in many.cases} == {0, 1, 2}
+
+
+def test_an_op_that_raises_is_a_wrong_case_and_the_others_are_judged(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_backend("cpu")
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("aclnnRope failed, error code is 561000")
+
+    monkeypatch.setitem(CONTRACTS["rope"].impls, "cpu", replace(CONTRACTS["rope"].impls["cpu"], fn=broken))
+    code, found = run(capsys, "--op", "rope,rms_norm", "--backend", "cpu", "--dtype", "fp32", "--mutant-seeds", "0", "--legal-seeds", "0")
+    assert code == 1 and {f["op"] for f in found["failures"]} == {"rope"}
+    assert found["failures"][0]["problems"] == ["raised RuntimeError: aclnnRope failed, error code is 561000"]
+    assert found["failures"][0]["worst"] is None
+    assert found["by_op"]["rms_norm"]["failures"] == 0 < found["by_op"]["rms_norm"]["cases"]
+
+
+def test_chips_of_a_machine_that_has_one() -> None:
+    node = SimpleNamespace(SOCS=("910b", "910_93", "950"), probe=lambda: Probe(soc="910_93"))
+    assert socs_of(node, ()) == socs_of(node, ("910_93",)) == ("910_93",)
+    with pytest.raises(ValueError, match="the chip of this machine is 910_93"):
+        socs_of(node, ("950",))
+    desk = SimpleNamespace(SOCS=("910b", "950"), probe=lambda: Probe(soc=None))
+    assert socs_of(desk, ()) == ("910b", "950") and socs_of(desk, ("950",)) == ("950",)
+    assert socs_of(SimpleNamespace(), ()) == (None,)
 
 
 def test_holes_and_known_gaps() -> None:

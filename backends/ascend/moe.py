@@ -19,6 +19,8 @@ from ops.swiglu import clamped_swiglu
 
 ROUTING, GROUPED, CLIPPED = "npu::npu_moe_init_routing_v2", "npu::npu_grouped_matmul", "npu::npu_clipped_swiglu"
 HALVES = (torch.bfloat16, torch.float16)
+BF16 = (torch.bfloat16,)
+"""The grouped product alone rounds three times; in fp16 the RMS of these roundings was once above what the contract allows."""
 OLDER = ("910b", "910_93")
 MOST_EXPERTS, WIDEST = 1024, 65536
 _GATHER, _SCATTER = 0, 1
@@ -119,7 +121,7 @@ def weights_fit(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
 
 
 @grouped_experts.implement(
-    "ascend", name="npu_grouped_matmul, npu_clipped_swiglu", dtypes=HALVES, soc=OLDER, needs=(GROUPED, CLIPPED), when=_experts_when
+    "ascend", name="npu_grouped_matmul, npu_clipped_swiglu", dtypes=BF16, soc=OLDER, needs=(GROUPED, CLIPPED), when=_experts_when
 )  # fmt: skip
 def _grouped_experts(
     rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float
@@ -135,7 +137,7 @@ def _halves_experts_when(
 
 
 @grouped_experts.implement(
-    "ascend", name="npu_grouped_matmul, npu_swiglu", dtypes=HALVES, soc=("950",), needs=(GROUPED, "npu::npu_swiglu"), when=_halves_experts_when
+    "ascend", name="npu_grouped_matmul, npu_swiglu", dtypes=BF16, soc=("950",), needs=(GROUPED, "npu::npu_swiglu"), when=_halves_experts_when
 )  # fmt: skip
 def _grouped_experts_950(
     rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float

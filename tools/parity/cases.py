@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ops.contract import CONTRACTS, Contract, Impl, Sample
 from ops.judge import Verdict, golden_of, judge
@@ -115,10 +116,20 @@ def _composed(contract: Contract, backend: str, probe: Probe, dtype: torch.dtype
     return contract.compose(SimpleNamespace(**parts))
 
 
-def socs_of(module: ModuleType, wanted: Sequence[str]) -> tuple[str | None, ...]:
-    """Chips to look at: those asked for among the backend's, all of its own, or just this machine's."""
+def socs_of(module: Any, wanted: Sequence[str]) -> tuple[str | None, ...]:
+    """Chips to look at: this machine's, or where it has none, those asked for or all that the backend knows.
+
+    ValueError for another chip than the one that is here: its kernels would not run.
+    """
     own: tuple[str, ...] = getattr(module, "SOCS", ())
-    return tuple(s for s in own if not wanted or s in wanted) or ((None,) if not own else ())
+    if not own:
+        return (None,)
+    here = module.probe().soc
+    if here is None:
+        return tuple(s for s in own if not wanted or s in wanted)
+    if other := [s for s in wanted if s in own and s != here]:
+        raise ValueError(f"--soc {','.join(other)}: the chip of this machine is {here}; leave --soc out, or run there")
+    return (here,)
 
 
 def combinations(backends: Sequence[str], ops: Sequence[str], dtypes: Sequence[str], socs: Sequence[str]) -> list[Combination]:
@@ -182,7 +193,7 @@ def judge_combination(
             golden = golden_of(contract, one)
             for w, c in able:
                 fn = plant.variant.make(c.fn) if plant and w == where and plant.variant.op == w.op else c.fn
-                outcome.cases.append(_case(w, s, judge(contract, fn, one, golden=golden)))
+                outcome.cases.append(_case(w, s, _judged(contract, fn, one, golden)))
                 step()
             done += 1
         if done == before:
@@ -190,6 +201,18 @@ def judge_combination(
             return
         if done >= at_least or sample:
             return
+
+
+# what a vendor's op raises when it can not run, and what a wrapper does with a wrong answer of it
+_CRASHES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+
+
+def _judged(contract: Contract, fn: Callable[..., Any], sample: Sample, golden: list[Tensor]) -> Verdict:
+    """The verdict; an implementation that raises is wrong there, and the others are still judged."""
+    try:
+        return judge(contract, fn, sample, golden=golden)
+    except _CRASHES as error:
+        return Verdict(contract.name, sample.name, False, float("inf"), (f"raised {type(error).__name__}: {str(error)[:2000]}",))
 
 
 def _case(where: Combination, seed: int, verdict: Verdict) -> Case:
