@@ -35,8 +35,11 @@ class Subject:
             )
 
 
-def open_model(args: argparse.Namespace) -> Subject:
-    """Load what the options ask for. ValueError for a missing directory, a checkpoint without tokenizer, or an unknown fault or place."""
+def open_model(args: argparse.Namespace, *, mtp: bool = False) -> Subject:
+    """Load what the options ask for, with the MTP block where it is wanted.
+
+    ValueError for a missing directory, a checkpoint without tokenizer, or an unknown fault or place.
+    """
     if args.trials < 1:
         raise ValueError(f"--trials {args.trials}: expected at least 1")
     path = Path(args.model)
@@ -47,6 +50,8 @@ def open_model(args: argparse.Namespace) -> Subject:
     config = Config.from_file(path)
     plants = tuple(Plant.parse(text) for text in args.plant or ())
     known = [*(f"layers.{i}" for i in range(config.num_hidden_layers)), "head"]
+    if mtp:
+        known += [f"mtp.{i}" for i in range(config.num_nextn_predict_layers)]
     for plant in plants:
         if plant.place not in (None, *known):
             raise ValueError(f"--plant {plant}: the model has no part {plant.place!r}{nearest(plant.place, known)}")
@@ -58,7 +63,8 @@ def open_model(args: argparse.Namespace) -> Subject:
         return ops
 
     model = v4.load(
-        path, backend=args.backend, dtype=getattr(torch, args.dtype), numerics=args.numerics, strict=args.strict, mtp=False,
+        path, backend=args.backend, dtype=getattr(torch, args.dtype), numerics=args.numerics, strict=args.strict, mtp=mtp,
+        batch_invariant=getattr(args, "batch_invariant", False),
         ops=parse_overrides(args.ops) if args.ops else None, scope=scope if plants else None,
     )  # fmt: skip
     assert model.tokenizer is not None
