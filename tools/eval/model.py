@@ -14,6 +14,7 @@ from ops.mutants import Plant
 from ops.registry import parse_overrides
 from tools.runconfig import nearest
 from v4.config import Config
+from v4.settings import Scope
 from v4.tokenizer import Tokenizer
 
 
@@ -35,8 +36,10 @@ class Subject:
             )
 
 
-def open_model(args: argparse.Namespace, *, mtp: bool = False) -> Subject:
+def open_model(args: argparse.Namespace, *, mtp: bool = False, watch: Scope | None = None) -> Subject:
     """Load what the options ask for, with the MTP block where it is wanted.
+
+    watch: wraps the ops of each part outside of planted faults, for recorders.
 
     ValueError for a missing directory, a checkpoint without tokenizer, or an unknown fault or place.
     """
@@ -60,12 +63,12 @@ def open_model(args: argparse.Namespace, *, mtp: bool = False) -> Subject:
     def scope(place: str, ops: SimpleNamespace) -> SimpleNamespace:
         for plant in plants:
             ops = plant.scope(place, ops, reached)
-        return ops
+        return ops if watch is None else watch(place, ops)
 
     model = v4.load(
         path, backend=args.backend, dtype=getattr(torch, args.dtype), numerics=args.numerics, strict=args.strict, mtp=mtp,
         batch_invariant=getattr(args, "batch_invariant", False),
-        ops=parse_overrides(args.ops) if args.ops else None, scope=scope if plants else None,
+        ops=parse_overrides(args.ops) if args.ops else None, scope=scope if plants or watch else None,
     )  # fmt: skip
     assert model.tokenizer is not None
     return Subject(model, model.tokenizer, plants, reached)

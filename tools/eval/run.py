@@ -19,12 +19,12 @@ def missed(found: dict[str, Any], least: float) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """The verb; 1 when `--least` is not reached."""
-    from tools.eval import calls, drafts, needle, perplexity
+    from tools.eval import calls, drafts, greedy, needle, perplexity
 
     if getattr(args, "picture", None):
         # missing, it is better missed before the run than after it
         import matplotlib  # noqa: F401
-    kind: Any = {"needle": needle, "perplexity": perplexity, "drafts": drafts, "tools": calls}[args.kind]
+    kind: Any = {"needle": needle, "perplexity": perplexity, "drafts": drafts, "greedy": greedy, "tools": calls}[args.kind]
     for plant in args.plant or ():
         print(f"v4 eval: planted fault {plant}", file=sys.stderr)
     found = kind.report(args)
@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(found, indent=1) if args.json else kind.text(found))
     if getattr(args, "picture", None):
         needle.draw(found, args.picture)
+    if found["kind"] == "greedy" and found["wrong"]:
+        print(f"v4 eval: {len(found['wrong'])} calls are wrong", file=sys.stderr)
+        return 1
     least = getattr(args, "least", None)
     complaints = missed(found, least) if least is not None else []
     for line in complaints:
