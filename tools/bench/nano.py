@@ -110,7 +110,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"| transformers, step | {' | '.join(theirs)} |", ""]
     index, hca = g["index_topk[csa]"], g["sparse_attention[hca]"]
     lines.append(
-        f"From {rows[0]['tokens']} to {rows[-1]['tokens']} tokens: CSA's core {g['csa_growth']:.2f}x (largest over smallest {g['csa_core']:.2f}); the indexer "
+        f"From {rows[0]['tokens']} to {rows[-1]['tokens']} tokens: CSA's core {g['csa_growth']:.2f}x "
+        f"(largest over smallest {g['csa_core']:.2f}); the indexer "
         f"{1e6 * index['start']:.0f} us + {index['ns_per_entry_and_layer']:.2f} ns per entry and layer (line within {index['worst']:.0%}); HCA's core "
         f"{1e6 * hca['start']:.0f} us + {hca['ns_per_entry_and_layer']:.1f} ns per entry (128 tokens) and layer (within {hca['worst']:.0%})."
     )

@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--depth", type=float, default=0.2, help="where the answer lies: 0 is the start; default: 0.2")
     demo.add_argument("--story-tokens", type=int, default=96, metavar="N")
     demo.add_argument("--seed", type=int, default=0)
+    card = verbs.add_parser("card", help="write README.md, the loss picture, the log and the evaluation into a checkpoint directory")
+    card.add_argument("--model", type=Path, default=Path("models/nano"), metavar="DIR")
+    card.add_argument("--evaluation", type=Path, nargs="+", required=True, metavar="JSON", help="reports that v4 eval --save wrote")
+    card.add_argument("--log", type=Path, required=True, metavar="FILE", help="log.jsonl of the training run")
+    card.add_argument("--command", required=True, help="the command that trained it")
     return top
 
 
@@ -90,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tools.nano.plot import draw
 
             draw(args.log, args.out)
+        elif args.verb == "card":
+            from tools.nano import card
+
+            card.write(args.model, args.evaluation, args.log, args.command)
         elif args.verb == "demo":
             from tools.nano import demo
 

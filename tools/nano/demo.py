@@ -13,6 +13,7 @@ from tqdm import tqdm
 import v4
 from tools.nano.batches import Encoder
 from tools.nano.needle import prompt
+from v4.generate import GenerateResult
 from v4.tokenizer import BOS, StreamDecoder, Tokenizer
 
 OPENING = "\nAnna from Paris and Peter from Rome met at the"
@@ -20,7 +21,7 @@ CHUNK = 256
 """Tokens of a prefill call: the progress bar moves once in each."""
 
 
-def _write(model: v4.LoadedModel, tokenizer: Tokenizer, ids: list[int], count: int, *, temperature: float, seed: int) -> v4.GenerateResult:
+def _write(model: v4.LoadedModel, tokenizer: Tokenizer, ids: list[int], count: int, *, temperature: float, seed: int) -> GenerateResult:
     """Generate, and print text as it comes; the bar shows the prompt being read."""
     decoder = StreamDecoder(tokenizer, skip_special=True)
 
@@ -29,10 +30,17 @@ def _write(model: v4.LoadedModel, tokenizer: Tokenizer, ids: list[int], count: i
         sys.stdout.flush()
 
     with tqdm(total=len(ids), unit="tok", desc="reading", leave=False) as bar:
+
+        def on_token(token: int) -> None:
+            bar.close()
+            show(decoder.feed(token))
+
+        def read(tokens: int) -> None:
+            bar.update(tokens)
+
         result = model.generate(
-            ids, count, temperature=temperature, seed=seed, chunk=CHUNK, progress=bar.update,
-            on_token=lambda token: (bar.close(), show(decoder.feed(token)))[1],
-        )  # fmt: skip
+            ids, count, temperature=temperature, seed=seed, chunk=CHUNK, on_token=on_token, progress=read
+        )
     show(decoder.finish() + "\n")
     return result
 
@@ -45,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.model}: has no tokenizer.json; the demo writes text")
     tokenizer, encoder = model.tokenizer, Encoder(model.tokenizer)
     c = model.config
-    print(f"{args.model}: {c.num_hidden_layers} layers, loaded in {time.perf_counter() - began:.1f} s\n\nA story, from its first words:{OPENING}", end="")
+    print(f"{args.model}: {c.num_hidden_layers} layers, loaded in {time.perf_counter() - began:.1f} s")
+    print(f"\nA story, from its first words:{OPENING}", end="", flush=True)
     told = _write(model, tokenizer, tokenizer.encode(BOS + OPENING), args.story_tokens, temperature=0.7, seed=args.seed)
     print(f"[{len(told.tokens)} tokens at {told.tokens_per_second:.0f} tokens/s]\n")
 
