@@ -74,6 +74,8 @@ def test_whole_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert not ok(found)
     assert main(options) == code
     assert "is there, not run again" in capsys.readouterr().err
+    assert main([*options, "--trials", "2"]) == 2
+    assert "made with other settings" in capsys.readouterr().err
 
 
 def test_wrong_choice_is_found(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

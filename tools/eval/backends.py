@@ -78,6 +78,18 @@ def _converted(plan: Plan, mode: Mode) -> Path:
     return out
 
 
+def _check(saved: Path, kind: str, plan: Plan, model: str) -> None:
+    found = json.loads(saved.read_text(encoding="utf-8"))
+    if kind == "needle":
+        made, wanted = [r["length"] for r in found["lengths"]], [int(n) for n in plan.lengths.split(",")]
+        same = made == wanted and found["trials"] == plan.trials
+    else:
+        keys = ("trials", "length", "new_tokens", "judge")
+        same = [found[k] for k in keys] == [plan.texts, plan.text_length, plan.new_tokens, plan.judge]
+    if not same or found["model"] != model:
+        raise ValueError(f"{saved}: made with other settings or another model; give another --out, or remove it")
+
+
 def run_mode(plan: Plan, name: str, say: Callable[[str], None]) -> None:
     """Needle accuracy and greedy text of one mode, written to files of its name in plan.out; nothing is run that is there already.
 
@@ -93,6 +105,7 @@ def run_mode(plan: Plan, name: str, say: Callable[[str], None]) -> None:
     for kind, command, least in (("greedy", greedy, 1), ("needle", needle, 0)):
         saved = out / f"{name}.{kind}.json"
         if saved.is_file():
+            _check(saved, kind, plan, str(command[command.index("--model") + 1]))
             say(f"{name}: {saved} is there, not run again")
             continue
         say(f"{name}: {kind}")
