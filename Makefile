@@ -21,15 +21,17 @@ READY := $(VENV)/.ready
 CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_READY := $(CUDA_VENV)/.ready
 NANO := build/nano
+TRAINED := models/nano
 ASCEND_VENV ?= .venv-ascend
 ASCEND_BIN := $(ASCEND_VENV)/bin
 ASCEND_TORCH := $(ASCEND_VENV)/.torch-installed
 ASCEND_READY := $(ASCEND_VENV)/.ready
 
-.PHONY: help setup demo test test-all test-ascend test-ascend-device test-cuda-cpu parity-nightly lint bench clean
+.PHONY: help setup demo demo-random test test-all test-ascend test-ascend-device test-cuda-cpu parity-nightly lint bench clean
 
 help:
-	@echo "make demo      make a small random model in the hub's format and let it generate tokens"
+	@echo "make demo      the trained nano model: a story, an answer from 4,600 tokens back, the table of ops"
+	@echo "make demo-random  a random model in the hub's format, made here, generates tokens"
 	@echo "make test      fast tests (under 10 minutes on 2 cores)"
 	@echo "make test-all  every test"
 	@echo "make test-ascend  the ascend backend against torch_npu on a CPU, for three chips (own environment, no NPU needed)"
@@ -57,7 +59,15 @@ $(READY): $(TORCH) setup.cfg pyproject.toml constraints-cpu.txt
 $(NANO)/model.safetensors.index.json: | $(READY)
 	$(BIN)/v4 checkpoint make --config nano --seed 0 --overwrite --out $(NANO)
 
-demo: $(READY) $(NANO)/model.safetensors.index.json
+# the trained model where the repository has it
+ifneq ($(wildcard $(TRAINED)/config.json),)
+demo: $(READY)
+	$(BIN)/python -m tools.nano demo --model $(TRAINED)
+else
+demo: demo-random
+endif
+
+demo-random: $(READY) $(NANO)/model.safetensors.index.json
 	@echo '$$ v4 generate --model $(NANO) --max-new-tokens $(TOKENS) --explain "$(PROMPT)"'
 	@$(BIN)/v4 generate --model $(NANO) --max-new-tokens $(TOKENS) --explain "$(PROMPT)"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from v4.sampling import Sampler
 
 @dataclass
 class GenerateResult:
-    """Generated token ids and how they came about; times in seconds, rates in tokens per second of decoding."""
+    """Generated token ids and how they came about; times in seconds, rates in tokens per second of decoding.
+
+    accepted_runs: of each speculative step, how many of its drafts were accepted.
+    """
 
     tokens: list[int]
     stopped: str
@@ -30,6 +33,7 @@ class GenerateResult:
     steps: int
     drafted: int = 0
     accepted: int = 0
+    accepted_runs: list[int] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -168,6 +172,7 @@ def generate(
             accepted += 1
         result.drafted += len(drafts)
         result.accepted += accepted
+        result.accepted_runs.append(accepted)
         sequence.rollback(len(drafts) - accepted)
         confirmed = streams[: accepted + 1]
         for token in best[: accepted + 1]:

@@ -118,6 +118,10 @@ class Recorder:
         self._counts.clear()
         self._lineage = Lineage()
 
+    def stop(self) -> None:
+        """Note nothing until the next `start`."""
+        self._sink = None
+
     def _next_step(self, *_: Any) -> None:
         self.step += 1
         self._lineage.prune()

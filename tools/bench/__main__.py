@@ -1,4 +1,4 @@
-"""`python -m tools.bench cpu | trace | cuda`: exit code 0 after a complete run, 1 after wrong results, 2 when it could not run."""
+"""`python -m tools.bench cpu | nano | trace | cuda`: exit code 0 after a complete run, 1 after wrong results, 2 when it could not run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     cuda.add_argument("--no-baselines", action="store_true", help="without torch eager and torch.compile")
     cuda.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun; default: none")
     cuda.add_argument("--render", type=Path, help="measure nothing: the tables of a report that --json wrote, perhaps elsewhere")
-    for verb in (cpu, trace, cuda):
+    nano = verbs.add_parser("nano", help="decode cost of the trained nano model from 1k to 1M tokens, beside transformers")
+    nano.add_argument("--checkpoint", type=Path, default=Path("models/nano"), help="default: models/nano")
+    nano.add_argument("--contexts", default="", metavar="N,...", help="tokens; default: powers of two from 1024 to 1048576")
+    nano.add_argument("--rounds", type=int, default=7)
+    nano.add_argument("--longest-step", type=float, default=10.0, metavar="SECONDS", help="of transformers, before it is given up")
+    nano.add_argument("--plot", type=Path, help="write the plot here (needs matplotlib)")
+    for verb in (cpu, nano, trace, cuda):
         verb.add_argument("--threads", type=int, help="default: what torch chooses")
         verb.add_argument("--json", type=Path, help="write the report here")
         verb.add_argument("--markdown", type=Path, help="put the tables between the marks of this page")
@@ -92,6 +98,21 @@ def _cuda(args: argparse.Namespace) -> int:
     return 1 if report["failed"] else 0
 
 
+def _nano(args: argparse.Namespace) -> int:
+    from tools.bench import nano
+
+    try:
+        contexts = [int(n) for n in args.contexts.split(",")] if args.contexts else nano.CONTEXTS
+        report = nano.run(args.checkpoint, contexts, args.rounds, args.longest_step, _say)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"tools.bench: {error}", file=sys.stderr)
+        return 2
+    if args.plot:
+        nano.plot(report, args.plot)
+    _publish(args, report, nano.MARK, nano.markdown(report))
+    return 0
+
+
 def _checkpoint(args: argparse.Namespace) -> Path:
     if args.checkpoint:
         return args.checkpoint
@@ -117,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
         if wanted and importlib.util.find_spec(package) is None:
             print(f"tools.bench: {package} is not installed; pip install -e .[test,dev]", file=sys.stderr)
             return 2
+    if args.verb == "nano":
+        return _nano(args)
     from tools.bench import cpu, plots, table
 
     sections = [s for s in args.sections.split(",") if s]

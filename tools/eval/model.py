@@ -14,6 +14,7 @@ from ops.mutants import Plant
 from ops.registry import parse_overrides
 from tools.runconfig import nearest
 from v4.config import Config
+from v4.settings import Scope
 from v4.tokenizer import Tokenizer
 
 
@@ -35,8 +36,13 @@ class Subject:
             )
 
 
-def open_model(args: argparse.Namespace) -> Subject:
-    """Load what the options ask for. ValueError for a missing directory, a checkpoint without tokenizer, or an unknown fault or place."""
+def open_model(args: argparse.Namespace, *, mtp: bool = False, watch: Scope | None = None) -> Subject:
+    """Load what the options ask for, with the MTP block where it is wanted.
+
+    watch: wraps the ops of each part outside of planted faults, for recorders.
+
+    ValueError for a missing directory, a checkpoint without tokenizer, or an unknown fault or place.
+    """
     if args.trials < 1:
         raise ValueError(f"--trials {args.trials}: expected at least 1")
     path = Path(args.model)
@@ -47,6 +53,8 @@ def open_model(args: argparse.Namespace) -> Subject:
     config = Config.from_file(path)
     plants = tuple(Plant.parse(text) for text in args.plant or ())
     known = [*(f"layers.{i}" for i in range(config.num_hidden_layers)), "head"]
+    if mtp:
+        known += [f"mtp.{i}" for i in range(config.num_nextn_predict_layers)]
     for plant in plants:
         if plant.place not in (None, *known):
             raise ValueError(f"--plant {plant}: the model has no part {plant.place!r}{nearest(plant.place, known)}")
@@ -55,11 +63,12 @@ def open_model(args: argparse.Namespace) -> Subject:
     def scope(place: str, ops: SimpleNamespace) -> SimpleNamespace:
         for plant in plants:
             ops = plant.scope(place, ops, reached)
-        return ops
+        return ops if watch is None else watch(place, ops)
 
     model = v4.load(
-        path, backend=args.backend, dtype=getattr(torch, args.dtype), numerics=args.numerics, strict=args.strict, mtp=False,
-        ops=parse_overrides(args.ops) if args.ops else None, scope=scope if plants else None,
+        path, backend=args.backend, dtype=getattr(torch, args.dtype), numerics=args.numerics, strict=args.strict, mtp=mtp,
+        batch_invariant=getattr(args, "batch_invariant", False),
+        ops=parse_overrides(args.ops) if args.ops else None, scope=scope if plants or watch else None,
     )  # fmt: skip
     assert model.tokenizer is not None
     return Subject(model, model.tokenizer, plants, reached)

@@ -1,4 +1,4 @@
-"""`python -m tools.nano tokenizer | train | export | plot`: makes the trained nano model from nothing but this repository."""
+"""`python -m tools.nano tokenizer | train | speed | plot | demo | card`: makes the trained nano model from nothing but this repository."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ def parser() -> argparse.ArgumentParser:
     plot = verbs.add_parser("plot", help="draw the log's losses and needle accuracy")
     plot.add_argument("--log", required=True, metavar="FILE")
     plot.add_argument("--out", required=True, metavar="PNG")
+    demo = verbs.add_parser("demo", help="a story, an answer from far back, and the table of ops; exit code 1 for a wrong answer")
+    demo.add_argument("--model", default="models/nano", metavar="DIR")
+    demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="activation type")
+    demo.add_argument("--context", type=int, default=4608, metavar="N", help="tokens of the question's context; default: 4608")
+    demo.add_argument("--depth", type=float, default=0.2, help="where the answer lies: 0 is the start; default: 0.2")
+    demo.add_argument("--story-tokens", type=int, default=96, metavar="N")
+    demo.add_argument("--seed", type=int, default=0)
+    card = verbs.add_parser("card", help="write README.md, the loss picture, the log and the evaluation into a checkpoint directory")
+    card.add_argument("--model", type=Path, default=Path("models/nano"), metavar="DIR")
+    card.add_argument("--evaluation", type=Path, nargs="+", required=True, metavar="JSON", help="reports that v4 eval --save wrote")
+    card.add_argument("--log", type=Path, required=True, metavar="FILE", help="log.jsonl of the training run")
+    card.add_argument("--command", required=True, help="the command that trained it")
     return top
 
 
@@ -83,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tools.nano.plot import draw
 
             draw(args.log, args.out)
+        elif args.verb == "card":
+            from tools.nano import card
+
+            card.write(args.model, args.evaluation, args.log, args.command)
+        elif args.verb == "demo":
+            from tools.nano import demo
+
+            return demo.run(args)
         elif args.verb == "speed":
             from tools.nano.speed import report
 
