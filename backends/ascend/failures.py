@@ -7,6 +7,7 @@ import re
 from backends.ascend.probe import torch_npu_version
 
 _NO_KERNEL = re.compile(r"(aclnn\w+) or \1GetWorkspaceSize not in (\w+\.so)")
+_OLDER_WAY = re.compile(r"OpParamMaker\.cpp:\d+.*OPS function error: (\w+), error code is (\d+)")
 
 
 def explain_failure(error: BaseException) -> str | None:
@@ -14,6 +15,13 @@ def explain_failure(error: BaseException) -> str | None:
 
     Op names are looked up in CANN's libraries at the first call, so a missing op package is not seen before.
     """
+    if older := _OLDER_WAY.search(str(error)):
+        # some calls of torch_npu leave the aclnn way without a word when CANN lacks the name
+        return (
+            f"torch_npu {torch_npu_version()} ran {older[1]} as an operator of the older kind and that failed (code {older[2]}): most likely the "
+            f"CANN of this node has no aclnn{older[1]}. Install the ops package of the CANN release that goes with it and source its set_env.sh "
+            "(docs/ascend.md), or take the op from another backend with --ops OP=cpu"
+        )
     if (found := _NO_KERNEL.search(str(error))) is None:
         return None
     name, library = found.groups()

@@ -169,6 +169,13 @@ def test_a_kernel_that_the_op_package_lacks(chip: str, nano: Path) -> None:
     refused(done, "aclnnMoeGatingTopK", "install the ops package", "--ops")
 
 
+@pytest.mark.wheel
+def test_a_kernel_that_torch_npu_replaces_without_a_word(nano: Path) -> None:
+    program = ("-m", "tools.npu_standin", "--soc", "a3", "--level", "l3", "--lacking", "aclnnRmsNorm", "--")
+    done = run("generate", "--model", str(nano), "--backend", "ascend", "--ids", "0,5", "--max-new-tokens", "1", program=program)
+    refused(done, "aclnnRmsNorm", "older kind", "nstall the ops package", "--ops")
+
+
 def test_a_package_that_is_missing_is_named_in_the_table(nano: Path) -> None:
     program = ("-m", "tools.npu_standin", "--soc", "a3", "--packages", "", "--")
     done = run(
