@@ -132,25 +132,25 @@ def choose(
     key_E = tl.load(value_ptr + line.to(tl.int64) * pitch + item_E, mask=valid_E, other=0)
     if LAST:
         key_E = _ordered(key_E)
-    # the interval that holds the threshold; values that do not count order below all bounds but the lowest
+    # the interval that holds the threshold; what does not count is below all that does, which is never the lowest integer
     low = tl.min(tl.where(valid_E, key_E, _HIGHEST), axis=0)
     key_E = tl.where(valid_E, key_E, _LOWEST)
     high = tl.max(key_E, axis=0)
     if not FIRST:
         low = tl.maximum(low, tl.load(bound_ptr + line))
-    reach = tl.sum((valid_E & (key_E >= low)).to(tl.int32), axis=0)
+    reach = tl.sum((key_E >= low).to(tl.int32), axis=0)
     wanted = tl.minimum(topk, reach)
     # `low` is reached by `wanted` values at least, `high` + 1 by fewer
     while (low < high) & (reach != wanted):
         # the mean, rounded up, without overflow
         middle = (low | high) - ((low ^ high) >> 1)
-        found = tl.sum((valid_E & (key_E >= middle)).to(tl.int32), axis=0)
+        found = tl.sum((key_E >= middle).to(tl.int32), axis=0)
         enough = found >= wanted
         low = tl.where(enough, middle, low)
         reach = tl.where(enough, found, reach)
         high = tl.where(enough, high, middle - 1)
-    above_E = valid_E & (key_E > low)
-    level_E = valid_E & (key_E == low)
+    above_E = key_E > low
+    level_E = key_E == low
     short = wanted - tl.sum(above_E.to(tl.int32), axis=0)
     # both counts in one scan: no more than 2^15 values
     before_E = tl.cumsum(above_E.to(tl.int32) + (level_E.to(tl.int32) << 16), axis=0)
