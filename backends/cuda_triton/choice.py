@@ -21,6 +21,8 @@ _WHOLE = 8192
 _READ = 8192
 """Columns of which a program finds the peaks."""
 _GROUP = 8
+_PER_WARP = 512
+"""Values of a warp of a choice."""
 
 
 def _group(topk: int) -> int:
@@ -59,7 +61,7 @@ def choose(index: Tensor, score: Tensor, cu: Tensor, start: Tensor, first: int, 
         kernels("choice").choose[(count,)](
             values[level], chosen, bound, cu, start, out, first, batch, columns, values[level].stride(0), topk, ratio, SPAN=group**level,
             FIRST=level == top, LAST=level == 0, GROUP=group, BATCH=power(batch), BLOCK_E=block, BLOCK_K=power(topk),
-            num_warps=min(max(block // 512, 1), 16),
+            num_warps=min(max(block // _PER_WARP, 1), 16),
         )  # fmt: skip
         chosen = out
 
