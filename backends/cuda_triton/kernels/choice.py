@@ -4,16 +4,20 @@ Of groups of G neighbouring columns, ordered by their largest score (equal ones:
 largest scores: in front of a column of any other group stand the largest scores of k groups. So a row is read once, for its groups'
 largest scores ("peaks"), and again only in k groups. With peaks of peaks, L levels of them, nothing but the first reading grows with N:
 
-    bytes of a row = 4 N (1 + 2/G + 2/G^2 + ...)    read once; every level of peaks is written, and the last one read
-                   + (L G + L + 3) 4 k              each choice writes k indices; the next reads them and G values for each
+    bytes of a row = 4 N (1 + 1/G + ... + 1/G^L + 1/G^L)   read once; every level of peaks is written, and the last one read
+                   + 4 k (L + 1 + L + L G)                 every choice writes k indices; those below read them and G values for each
 
-G = 8, k = 512, at 3.35 TB/s (4 us with 18 KB a level of choosing is left out of the first column; it is not memory that it waits for):
+G = 8, k = 512, at 3.35 TB/s:
 
     rows x N        levels   bytes      us of memory   of that the scores themselves
-    4096 x 32768    1        749 MB     224            537 MB, 160 us
-    128 x 262144    2        179 MB      53            134 MB,  40 us
-    1 x 1048576     3        5.5 MB       2            4.2 MB,   1 us
-    128 x 8192      0        4.5 MB       1            4.2 MB,   1 us
+    4096 x 32768    1        763 MB     228            537 MB, 160 us
+    128 x 262144    2        161 MB      48            134 MB,  40 us
+    1 x 1048576     3        4.9 MB     1.5            4.2 MB, 1.3 us
+    128 x 8192      0        4.5 MB     1.3            4.2 MB, 1.3 us
+
+Beside memory stand L + 1 choices one after the other. A round of one is 78 instructions for each of 8 warps (4096 values), 160 clocks of a
+multiprocessor, and some 20 are needed: 2 to 4 us where each row has a multiprocessor; at 4096 rows, 31 a multiprocessor, 100 to 150 us in all,
+as far as they do not run beside memory. So 230 to 380, 55 to 65, 12 to 20 and 3 to 5 us are expected.
 
 Rows that a machine works on at a time, and peaks above all, stay in its L2 of 50 MB, so less than this comes from memory.
 
