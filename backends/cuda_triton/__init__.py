@@ -10,11 +10,11 @@ import torch
 
 from backends.cuda.probe import memory_available, unavailable
 from backends.cuda.probe import probe as _device_probe
-from backends.cuda_triton import attention, cache, compress, experts, hyper, indexer, norm
+from backends.cuda_triton import attention, cache, compress, experts, hyper, indexer, moe, norm
 from backends.cuda_triton.launch import NEED
 from ops.probe import Probe
 
-__all__ = ["DEVICE", "attention", "cache", "compress", "experts", "hyper", "indexer", "memory_available", "norm", "probe", "unavailable"]
+__all__ = ["DEVICE", "attention", "cache", "compress", "experts", "hyper", "indexer", "memory_available", "moe", "norm", "probe", "unavailable"]
 
 DEVICE = torch.device("cuda")
 
