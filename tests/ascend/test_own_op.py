@@ -65,6 +65,7 @@ def test_a_wrong_model_is_seen(soc: str, offer: None, monkeypatch: pytest.Monkey
         assert not judge(CONTRACTS[OP], wrong, sample).ok
 
 
+@pytest.mark.standin
 def test_what_is_offered_is_taken_back(soc: str) -> None:
     with offered(own.NAMESPACE):
         assert registered(HC_HEAD) or own.missing(OP)
