@@ -81,7 +81,7 @@ $(ASCEND_READY): $(ASCEND_TORCH) setup.cfg pyproject.toml constraints-ascend.txt
 # l1 and l2 for all chips in one go, then device npu for each chip, then this project's own op with both of its halves
 test-ascend: $(ASCEND_READY)
 	$(ASCEND_BIN)/python -m tools.npu_standin build
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_BIN)/python -m backends.ascend.own_build
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_BIN)/python -m backends.ascend
 	$(ASCEND_BIN)/python -m pytest -q -n $(JOBS) tests/ascend
 	@for soc in $(SOCS); do \
 		echo "device npu, pretended on $$soc"; \

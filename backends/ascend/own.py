@@ -1,6 +1,6 @@
 """This project's own CANN ops: whether both halves are there. They are optional; nothing here builds or installs anything.
 
-The torch half is a library that `python -m backends.ascend.own_build` compiles; the kernel half is an op package, built on a node with CANN
+The torch half is a library that `python -m backends.ascend` compiles; the kernel half is an op package, built on a node with CANN
 from csrc/op_host and csrc/op_kernel and found by torch_npu through ASCEND_CUSTOM_OPP_PATH.
 """
 
@@ -20,7 +20,7 @@ def _load() -> str | None:
     """Why the torch half is not there, or None once its ops are registered; torch_npu has been imported before."""
     library = library_path()
     if not library.is_file():
-        return "the torch half is not built (python -m backends.ascend.own_build)"
+        return "the torch half is not built (python -m backends.ascend)"
     try:
         torch.ops.load_library(path=str(library))
     except OSError as error:

@@ -1,6 +1,6 @@
 """Compiling the torch half of this project's own CANN ops (csrc/torch_half) with the machine's C++ compiler, once per sources and versions.
 
-`python -m backends.ascend.own_build` does it; exit code 2 when it can not be built. Needs torch_npu's headers, no CANN. The kernel half
+`python -m backends.ascend` does it. Needs torch_npu's headers, no CANN. The kernel half
 (csrc/op_host, csrc/op_kernel) is built on a node with CANN, see docs/ascend.md.
 """
 
@@ -83,17 +83,3 @@ def build() -> Path:
             raise BuildError(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr.strip()[-2000:]}")
         made.replace(target)
     return target
-
-
-def main() -> int:
-    """Build and say where the library is; returns the exit code."""
-    try:
-        print(f"torch half of the own ops: {build()}")
-    except BuildError as error:
-        print(f"torch half of the own ops: not built, {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
