@@ -18,6 +18,7 @@ from ops.judge import judge
 from ops.probe import Probe
 from ops.registry import Binding, bind, load_backend
 from tests.ascend.bound import judge_all
+from tests.ascend.model_cases import arguments
 from tools.npu_standin import models, schemas
 from tools.npu_standin.package import OWN_KERNELS, offered
 
@@ -50,6 +51,12 @@ def test_the_model_meets_the_contract(dtype: torch.dtype, soc: str, offer: None)
     assert not [str(v) for v in verdicts if not v.ok]
     rest = [s for s in samples if not TAKEN & set(s.tags)]
     assert rest and not any(HC_HEAD in binding.impl_of(OP, s.args, s.kwargs).label for s in rest)
+
+
+@pytest.mark.standin
+def test_the_model_writes_and_aliases_what_its_schema_says(soc: str, offer: None) -> None:
+    op = torch.ops.v4_ascend.hc_head.default
+    torch.library.opcheck(op, (), arguments(HC_HEAD), test_utils=("test_schema",))
 
 
 @pytest.mark.standin
