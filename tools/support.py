@@ -19,14 +19,17 @@ from tools.marked import filled
 
 MARK = "support table"
 README = Path(__file__).resolve().parent.parent / "README.md"
+OWN = "(own, optional)"
+"""End of the name of an implementation whose kernel this repository holds as source and no vendor ships."""
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def cell(contract: Contract, backend: str) -> str:
     """What a backend offers for an op: types and SoCs it is limited to, "any" without limits, "composed", or a dash."""
     impl = contract.impls.get(backend)
-    if any(i.name for i in contract.candidates(backend)):
-        return "vendor ops, then " + ("plain torch" if impl else f"composed of {', '.join(contract.parts)}")
+    if names := [i.name for i in contract.candidates(backend) if i.name]:
+        first = "own op where installed" if all(n.endswith(OWN) for n in names) else "vendor ops"
+        return f"{first}, then " + ("plain torch" if impl else f"composed of {', '.join(contract.parts)}")
     if impl is None:
         return f"composed of {', '.join(contract.parts)}" if contract.parts else "-"
     if impl.note.partition(":")[0] == "plain torch":
