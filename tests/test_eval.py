@@ -13,25 +13,21 @@ import torch
 
 from ops.mutants import MUTANTS, samples_by_size
 from ops.registry import CONTRACTS
-from tests.test_nano_training import shaken, small
+from tests import untrained_nano
+from tests.test_nano_training import small
 from tools.cli import main
 from tools.eval import calls, needle
 from tools.eval.model import Subject, interval
 from tools.eval.ngram import Ngram
 from tools.nano.batches import Encoder
 from tools.nano.documents import tool_request
-from tools.nano.export import export
-from tools.nano.tokenizer import train, write
 from v4.encoding import render_calls
 from v4.tokenizer import EOS, Tokenizer
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
-    write(train(1024), out / "made.json")
-    export(shaken(small(index_topk=8)), out / "checkpoint", tokenizer=out / "made.json")
-    return out / "checkpoint"
+def checkpoint() -> Path:
+    return untrained_nano.checkpoint()
 
 
 class Reader:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from backends import NAMES
 from ops import CONTRACTS
 from ops.contract import Contract
 from ops.registry import load_backend
-from tools.marked import filled
+from tools.marked import command, filled
 
 MARK = "support table"
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -60,13 +59,7 @@ def with_table(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table, or write it into README.md with --write."""
-    options = argparse.ArgumentParser(prog="python -m tools.support", description=__doc__)
-    options.add_argument("--write", action="store_true", help="put the table into README.md")
-    if options.parse_args(argv).write:
-        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
-    return 0
+    return command(argv, "tools.support", __doc__, README, MARK, table)
 
 
 if __name__ == "__main__":
