@@ -36,13 +36,9 @@ def table() -> str:
     lines = ["| mode | layer | recipe: fused + torch | here: fused + torch | more here: fused, all |", "|---|---|---|---|---|"]
     for chip, mode in _data["modes"].items():
         for kind in KINDS:
-            a, b = theirs(chip, kind), OURS[chip].get(kind)
-            line = f"| {mode} | {kind} | {a['vendor']} + {a['aten']} "
-            if b is None:
-                lines.append(line + "| not counted yet | |")
-            else:
-                more = f"{b['vendor'] - a['vendor']:+d}, {sum(b.values()) - sum(a.values()):+d}"
-                lines.append(line + f"| {b['vendor']} + {b['aten']} | {more} |")
+            a, b = theirs(chip, kind), OURS[chip][kind]
+            more = f"{b['vendor'] - a['vendor']:+d}, {sum(b.values()) - sum(a.values()):+d}"
+            lines.append(f"| {mode} | {kind} | {a['vendor']} + {a['aten']} | {b['vendor']} + {b['aten']} | {more} |")
     return "\n".join(lines)
 
 

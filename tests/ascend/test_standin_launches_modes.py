@@ -56,6 +56,4 @@ def test_a_quantised_decode_step(kind: str, standin: StandIn) -> None:
     found = {part: (two.launches(part) - one.launches(part)).total() for part in ("vendor", "aten")}
     if out := os.environ.get("V4_LAUNCHES_OUT"):
         Path(out, f"{standin.chip.alias}_{kind}.json").write_text(json.dumps(found))
-    if kind not in OURS[standin.chip.alias]:
-        pytest.skip(f"the table has no figures of this kind yet: {found}")
     assert found == OURS[standin.chip.alias][kind]
