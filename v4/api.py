@@ -22,6 +22,7 @@ from v4.generate import GenerateResult, generate
 from v4.load import LoadReport, load_parameters
 from v4.model import Model
 from v4.prompt_texts import PromptTexts
+from v4.recorded import Recorder
 from v4.runner import Runner
 from v4.sampling import Sampler
 from v4.settings import Scope, Settings
@@ -121,9 +122,11 @@ class LoadedModel:
         chunk: int = 2048,
         on_token: Callable[[int], None] | None = None,
         progress: Callable[[int], None] | None = None,
+        recorded: bool = False,
     ) -> GenerateResult:
         """Continue a prompt. `speculative`: draft tokens per step (True: 1), greedy only. `stop`: ids that end the text
-        (default: the end-of-sentence id). Further errors as `logits`."""
+        (default: the end-of-sentence id). `recorded`: decoding steps are recorded by the backend once and replayed; the same tokens.
+        Further errors as `logits`, and those of `recorder`."""
         found = self._check_ids(ids)
         if len(found) + max_new_tokens > self.max_context:
             raise ValueError(
@@ -141,11 +144,25 @@ class LoadedModel:
             chunk=chunk,
             on_token=on_token,
             progress=progress,
+            recorder=recorder(self.backend) if recorded else None,
         )
 
     def explain(self) -> str:
         """Table of ops, the implementation each one uses, and the reasons of those that were refused."""
         return self.binding.explain()
+
+
+def refuse_recording(backend: str) -> None:
+    """ValueError when a backend does not record steps."""
+    if not hasattr(load_backend(backend), "recorder"):
+        raise ValueError(f"backend {backend!r} does not record steps; leave recording off")
+
+
+def recorder(backend: str) -> Recorder:
+    """What a backend records steps with. ValueError when it has none."""
+    refuse_recording(backend)
+    made: Recorder = load_backend(backend).recorder()
+    return made
 
 
 def _refuse_too_large(needed: int, available: int | None, what: str) -> None:
