@@ -88,13 +88,15 @@ $(ASCEND_READY): $(ASCEND_TORCH) setup.cfg pyproject.toml constraints-ascend.txt
 	$(ASCEND_BIN)/python -m pip install --quiet -c constraints-ascend.txt torch_npu -e '.[test,dev]'
 	@touch $@
 
-# l1 and l2 for all chips in one go, then device npu for each chip
+# l1 and l2 for all chips in one go, then device npu for each chip, then this project's own op with both of its halves
 test-ascend: $(ASCEND_READY)
 	$(ASCEND_BIN)/python -m tools.npu_standin build
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_BIN)/python -m backends.ascend
 	$(ASCEND_BIN)/python -m pytest -q -n $(JOBS) tests/ascend
 	@for soc in $(SOCS); do \
 		echo "device npu, pretended on $$soc"; \
 		V4_TEST_LEVEL=l3 V4_TEST_SOC=$$soc $(ASCEND_BIN)/python -m pytest -q -n $(JOBS) tests/ascend || exit 1; \
+		V4_TEST_OWN=1 V4_TEST_LEVEL=l3 V4_TEST_SOC=$$soc $(ASCEND_BIN)/python -m pytest -q -n 0 tests/ascend/test_own_op_device.py || exit 1; \
 	done
 
 # on a machine with an NPU, in an environment that has torch_npu: nothing is pretended

@@ -6,31 +6,28 @@ from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from ops.mutants import MUTANTS, samples_by_size
 from ops.registry import CONTRACTS
-from tests.test_nano_training import shaken, small
+from tests import untrained_nano
+from tests.test_nano_training import small
 from tools.cli import main
 from tools.eval import calls, needle
 from tools.eval.model import Subject, interval
 from tools.eval.ngram import Ngram
 from tools.nano.batches import Encoder
 from tools.nano.documents import tool_request
-from tools.nano.export import export
-from tools.nano.tokenizer import train, write
 from v4.encoding import render_calls
 from v4.tokenizer import EOS, Tokenizer
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
-    write(train(1024), out / "made.json")
-    export(shaken(small(index_topk=8)), out / "checkpoint", tokenizer=out / "made.json")
-    return out / "checkpoint"
+def checkpoint() -> Path:
+    return untrained_nano.checkpoint()
 
 
 class Reader:
@@ -48,12 +45,28 @@ class Reader:
         return SimpleNamespace(tokens=self.tokenizer.encode(f"{lead}{found}.{EOS}"))
 
 
+def test_lengths_done_are_kept_when_a_run_is_cut_short(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    saved, done = tmp_path / "needle.json", needle.trial
+
+    def cut(subject: Subject, encoder: Any, seed: int, length: int, depth: float, number: int) -> bool:
+        if length == 200:
+            raise KeyboardInterrupt
+        return done(subject, encoder, seed, length, depth, number)
+
+    monkeypatch.setattr(needle, "trial", cut)
+    with pytest.raises(KeyboardInterrupt):
+        main(["eval", "needle", "--model", str(checkpoint), "--trials", "2", "--lengths", "128,200", "--save", str(saved)])
+    found = json.loads(saved.read_text())
+    assert not found["complete"] and [(r["length"], r["trials"]) for r in found["lengths"]] == [(128, 2)]
+    assert "     128       2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("sees, low, high", [(1.0, 1.0, 1.0), (0.5, 0.3, 0.6), (0.0, 0.0, 0.05)])
 def test_needle_counts_what_is_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, sees: float, low: float, high: float) -> None:
     tokenizer = Tokenizer(checkpoint)
     model = SimpleNamespace(generate=Reader(tokenizer, sees).generate, max_context=4096, config=small())
     monkeypatch.setattr(needle, "open_model", lambda args: Subject(model, tokenizer, ()))
-    args = Namespace(kind="needle", model="m", backend="cpu", dtype="float32", numerics="exact", seed=0, trials=40, plant=None)
+    args = Namespace(kind="needle", model="m", backend="cpu", dtype="float32", numerics="exact", seed=0, trials=40, plant=None, save=None)
     args.lengths, args.depths = "256,600", 10
     found = needle.report(args)
     for row in found["lengths"]:

@@ -7,21 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_nano_training import shaken, small
+from tests import untrained_nano
 from tools.cli import main as v4_main
 from tools.eval import backends
 from tools.eval.__main__ import main, ok
 from tools.eval.apart import choice_differences, token_difference
-from tools.nano.export import export
-from tools.nano.tokenizer import train, write
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
-    write(train(1024), out / "made.json")
-    export(shaken(small(index_topk=8)), out / "checkpoint", tokenizer=out / "made.json")
-    return out / "checkpoint"
+def checkpoint() -> Path:
+    return untrained_nano.checkpoint()
 
 
 def test_tokens() -> None:

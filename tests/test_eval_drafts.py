@@ -8,20 +8,15 @@ import pytest
 import torch
 
 import v4
-from tests.test_nano_training import shaken, small
+from tests import untrained_nano
 from tools.cli import main
 from tools.eval import drafts
-from tools.nano.export import export
-from tools.nano.tokenizer import train, write
 from v4.generate import GenerateResult
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
-    write(train(1024), out / "made.json")
-    export(shaken(small(index_topk=8)), out / "checkpoint", tokenizer=out / "made.json")
-    return out / "checkpoint"
+def checkpoint() -> Path:
+    return untrained_nano.checkpoint()
 
 
 def test_shares_by_place() -> None:

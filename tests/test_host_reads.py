@@ -1,4 +1,4 @@
-"""What needs the host is seen with its place; the dispatch of the cuda backend needs nothing; recording is refused where it can not be."""
+"""What needs the host is seen with its place; generation through replayed steps; recording is refused where it can not be."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 import v4
+from backends.cuda.graphs import Function, Replayed
 from ops.contract import CONTRACTS
 from ops.host_reads import HostReads, NotRecordable
-from ops.judge import judge
-from ops.mutants import MUTANTS
-from ops.registry import load_backend
 from tests import tiny
+from v4.runner import Runner
 
-load_backend("cuda")
 ON_HOST, X = torch.ones(3), torch.tensor([3.0, 0.0, 2.0])
 MIXES: dict[str, Callable[[], object]] = {
     "item": lambda: X[0].item(),
@@ -55,50 +52,46 @@ def test_the_place_is_the_innermost_line_of_the_project() -> None:
     assert message.count("bincount") == 1 and f"at {len(set(reads.places))} places" in message
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dispatch_on_the_device_reads_nothing_and_is_right(dtype: torch.dtype, seed: int) -> None:
-    contract = CONTRACTS["moe_dispatch"]
-    fn = contract.impls["cuda"].fn
-    left = [m for m in MUTANTS["moe_dispatch"].values() if dtype in m.dtypes]
-    for sample in contract.samples(dtype, seed):
-        with HostReads() as reads:
-            fn(*sample.args, **sample.kwargs)
-        assert reads.places == []
-        assert judge(contract, fn, sample).ok, sample.name
-        left = [m for m in left if judge(contract, m.make(fn), sample).ok]
-    assert left == []
-
-
 def test_a_backend_without_recorder_is_named() -> None:
     model = v4.load(tiny.checkpoint("window-only"))
     with pytest.raises(ValueError, match="backend 'cpu' does not record steps"):
         model.generate([0, 1], 3, recorded=True)
 
 
-class Eager:
-    """Records nothing: the work itself is what it replays."""
-
-    def staging(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.uint8)
-
-    def settled(self) -> None:
-        pass
-
-    def upload(self, host: Tensor, device: Tensor) -> None:
-        device.copy_(host)
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return work
-
-
-def test_generation_through_a_recorder_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_through_replayed_steps_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the completion of entries of both kinds, greedy and drawn; drafts are refused."""
     model = v4.load(tiny.checkpoint("flash"))
-    monkeypatch.setattr("v4.api.recorder", lambda backend: Eager())
+    made: list[Replayed] = []
+
+    def replayed(function: Function, device: torch.device) -> Function:
+        made.append(Replayed(function, device, lambda function, buffers: lambda: function(buffers)))
+        return made[-1]
+
+    monkeypatch.setattr("v4.api.replayed_of", lambda backend: replayed)
     ids = tiny.tokens(121)
     for drawn in ({}, {"temperature": 0.8, "top_k": 20, "seed": 3}):
         right = model.generate(ids, 12, stop=[], **drawn)
         found = model.generate(ids, 12, stop=[], recorded=True, **drawn)
         assert found.tokens == right.tokens and found.steps == right.steps == 11
+    assert [m.held for m in made] == [3, 3]
     with pytest.raises(ValueError, match="recorded steps are single tokens"):
         model.generate(ids, 4, recorded=True, speculative=True)
+
+
+def test_steps_of_several_sequences_have_few_shapes() -> None:
+    """Every step of eight sequences at different places completes some entries: one shape, and right."""
+    model = v4.load(tiny.checkpoint("csa-first")).runner.model
+    made: list[Replayed] = []
+
+    def replayed(function: Function, device: torch.device) -> Function:
+        made.append(Replayed(function, device, lambda function, buffers: lambda: function(buffers)))
+        return made[-1]
+
+    found = []
+    for runner in (Runner(model), Runner(model, replayed)):
+        cache = runner.session(max_tokens=64, max_sequences=8).cache
+        sequences = [cache.new_sequence() for _ in range(8)]
+        runner.forward(cache, sequences, [tiny.tokens(20 + 3 * b, seed=b) for b in range(8)])
+        found.append(torch.stack([runner.forward(cache, sequences, [[step + b] for b in range(8)]) for step in range(9)]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert made[0].held == 1

@@ -6,7 +6,6 @@ puts it between the marks; a test keeps the two equal.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from ops.contract import CONTRACTS
 from ops.probe import Probe
 from ops.registry import bind, load_backend
-from tools.marked import filled
+from tools.marked import command, filled
 
 MARK = "coverage table"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "ascend.md"
@@ -78,13 +77,7 @@ def with_table(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table, or write it into docs/ascend.md with --write."""
-    options = argparse.ArgumentParser(prog="python -m tools.ascend_coverage", description=__doc__)
-    options.add_argument("--write", action="store_true", help="put the table into docs/ascend.md")
-    if options.parse_args(argv).write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
-    return 0
+    return command(argv, "tools.ascend_coverage", __doc__, PAGE, MARK, table)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ line with the place it was read from, ours as tests/ascend/test_standin_launches
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tools.marked import filled
+from tools.marked import command, filled
 
 MARK = "ascend launches"
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,13 +53,7 @@ def with_table(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table, or write it into docs/performance.md with --write."""
-    options = argparse.ArgumentParser(prog="python -m tools.ascend_launches", description=__doc__)
-    options.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
-    if options.parse_args(argv).write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
-    return 0
+    return command(argv, "tools.ascend_launches", __doc__, PAGE, MARK, table)
 
 
 if __name__ == "__main__":

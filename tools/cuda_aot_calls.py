@@ -59,11 +59,11 @@ def _attention(name: str, batch: int, new: int, kind: int, packed: bool = False,
     return MetaCall("sparse_attention", name, (*args, _t(batch + 1, dtype=_INT), _t(batch, dtype=_INT)), kwargs)
 
 
-def _index(name: str, batch: int, new: int, packed: bool) -> MetaCall:
+def _index(name: str, batch: int, new: int, packed: bool, blocks: int = 512, topk: int = 512) -> MetaCall:
     width, dtype = (132, _BYTES) if packed else (128, torch.bfloat16)
     tokens = batch * new
-    args = (_t(tokens, 64, 128), _t(tokens, 64, dtype=_FP32), _t(999, _P, width, dtype=dtype), _t(batch, 512, dtype=_INT))
-    return MetaCall("index_topk", name, (*args, _t(batch + 1, dtype=_INT), _t(batch, dtype=_INT)), {"ratio": 4, "topk": 512})
+    args = (_t(tokens, 64, 128), _t(tokens, 64, dtype=_FP32), _t(999, _P, width, dtype=dtype), _t(batch, blocks, dtype=_INT))
+    return MetaCall("index_topk", name, (*args, _t(batch + 1, dtype=_INT), _t(batch, dtype=_INT)), {"ratio": 4, "topk": topk})
 
 
 def _experts(tokens: int, fp4: bool) -> MetaCall:
@@ -98,6 +98,9 @@ def calls() -> Iterator[MetaCall]:
     for name, batch, new in (("decode T=1", 1, 1), ("decode T=128", 128, 1), ("prefill T=4096", 1, 4096)):
         for packed in (False, True):
             yield _index(f"{'FP8' if packed else 'bf16'} keys, {name}", batch, new, packed)
+    yield _index("FP8 keys, decode T=128, 32k tokens", 128, 1, True, blocks=128)
+    yield _index("FP8 keys, decode T=128, 1M tokens, 1024 chosen", 128, 1, True, blocks=4096, topk=1024)
+    yield _index("FP8 keys, decode T=1, 4M tokens", 1, 1, True, blocks=16384)
     for name, batch, new in (("decode T=1", 1, 1), ("decode T=128", 128, 1), ("prefill T=4096", 1, 4096)):
         for ratio in (4, 128):
             yield _compress(name, batch, new, ratio, 512)

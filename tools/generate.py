@@ -20,7 +20,7 @@ import v4
 from ops.mutants import Plant
 from ops.registry import parse_overrides
 from tools.runconfig import RunConfig, nearest, read_run_file
-from v4.api import refuse_recording
+from v4.api import replayed_of
 from v4.config import Config
 from v4.encoding import encode
 from v4.prompt_texts import PromptTexts
@@ -123,7 +123,7 @@ def prepare(args: argparse.Namespace) -> Request:
             raise ValueError("--cuda-graph replays single tokens: leave --speculative off")
         if getattr(args, "plant", None):
             raise ValueError("--cuda-graph replays what was recorded, without the ops: leave --plant off")
-        refuse_recording(settings.backend)
+        replayed_of(settings.backend)
     plants = tuple(Plant.parse(text) for text in getattr(args, "plant", None) or ())
     known = [
         *(f"layers.{i}" for i in range(config.num_hidden_layers)),

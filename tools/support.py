@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,18 +14,21 @@ from backends import NAMES
 from ops import CONTRACTS
 from ops.contract import Contract
 from ops.registry import load_backend
-from tools.marked import filled
+from tools.marked import command, filled
 
 MARK = "support table"
 README = Path(__file__).resolve().parent.parent / "README.md"
+OWN = "(own, optional)"
+"""End of the name of an implementation whose kernel this repository holds as source and no vendor ships."""
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def cell(contract: Contract, backend: str) -> str:
     """What a backend offers for an op: types and SoCs it is limited to, "any" without limits, "composed", or a dash."""
     impl = contract.impls.get(backend)
-    if any(i.name for i in contract.candidates(backend)):
-        return "vendor ops, then " + ("plain torch" if impl else f"composed of {', '.join(contract.parts)}")
+    if names := [i.name for i in contract.candidates(backend) if i.name]:
+        first = "own op where installed" if all(n.endswith(OWN) for n in names) else "vendor ops"
+        return f"{first}, then " + ("plain torch" if impl else f"composed of {', '.join(contract.parts)}")
     if impl is None:
         return f"composed of {', '.join(contract.parts)}" if contract.parts else "-"
     if impl.note.partition(":")[0] == "plain torch":
@@ -57,13 +59,7 @@ def with_table(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table, or write it into README.md with --write."""
-    options = argparse.ArgumentParser(prog="python -m tools.support", description=__doc__)
-    options.add_argument("--write", action="store_true", help="put the table into README.md")
-    if options.parse_args(argv).write:
-        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
-    return 0
+    return command(argv, "tools.support", __doc__, README, MARK, table)
 
 
 if __name__ == "__main__":

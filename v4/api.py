@@ -22,8 +22,7 @@ from v4.generate import GenerateResult, generate
 from v4.load import LoadReport, load_parameters
 from v4.model import Model
 from v4.prompt_texts import PromptTexts
-from v4.recorded import Recorder
-from v4.runner import Runner
+from v4.runner import Replayed, Runner
 from v4.sampling import Sampler
 from v4.settings import Scope, Settings
 from v4.tokenizer import Tokenizer
@@ -126,7 +125,11 @@ class LoadedModel:
     ) -> GenerateResult:
         """Continue a prompt. `speculative`: draft tokens per step (True: 1), greedy only. `stop`: ids that end the text
         (default: the end-of-sentence id). `recorded`: decoding steps are recorded by the backend once and replayed; the same tokens.
-        Further errors as `logits`, and those of `recorder`."""
+        Further errors as `logits`; with `recorded` also those of `replayed_of`, ValueError for speculation, and NotRecordable (a
+        ValueError with the places) when a step needs the host."""
+        if recorded and speculative:
+            raise ValueError("recorded steps are single tokens: turn speculation off or do not record")
+        runner = Runner(self.runner.model, replayed_of(self.backend)) if recorded else self.runner
         found = self._check_ids(ids)
         if len(found) + max_new_tokens > self.max_context:
             raise ValueError(
@@ -135,7 +138,7 @@ class LoadedModel:
             )
         sampler = Sampler(self.runner.model.end_ops, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         return generate(
-            self.runner,
+            runner,
             found,
             max_new_tokens=max_new_tokens,
             sampler=sampler,
@@ -144,7 +147,6 @@ class LoadedModel:
             chunk=chunk,
             on_token=on_token,
             progress=progress,
-            recorder=recorder(self.backend) if recorded else None,
         )
 
     def explain(self) -> str:
@@ -152,17 +154,12 @@ class LoadedModel:
         return self.binding.explain()
 
 
-def refuse_recording(backend: str) -> None:
-    """ValueError when a backend does not record steps."""
-    if not hasattr(load_backend(backend), "recorder"):
+def replayed_of(backend: str) -> Replayed:
+    """How a backend replays recorded steps. ValueError when it does not."""
+    found: Replayed | None = getattr(load_backend(backend), "replayed", None)
+    if found is None:
         raise ValueError(f"backend {backend!r} does not record steps; leave recording off")
-
-
-def recorder(backend: str) -> Recorder:
-    """What a backend records steps with. ValueError when it has none."""
-    refuse_recording(backend)
-    made: Recorder = load_backend(backend).recorder()
-    return made
+    return found
 
 
 def _refuse_too_large(needed: int, available: int | None, what: str) -> None:

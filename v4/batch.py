@@ -5,8 +5,9 @@ Built once per call on the host and shared by all layers. T tokens over B sequen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,8 +49,48 @@ class Batch:
         return self.ids.shape[0]
 
 
+def padded(batch: Batch) -> Batch:
+    """A step of several sequences with few shapes: as many entries as sequences where any is completed; those added are not stored (slot -1)."""
+    rows = batch.start_pos.shape[0]
+
+    def filled(made: Entries) -> Entries:
+        missing = rows - made.slots.shape[0]
+        if missing in (0, rows):
+            return made
+        more = made.cos.new_zeros(missing, made.cos.shape[1])
+        return Entries(torch.cat([made.slots, made.slots.new_full((missing,), -1)]), torch.cat([made.cos, more + 1]), torch.cat([made.sin, more]))
+
+    return replace(batch, entries={m: filled(made) for m, made in batch.entries.items()})
+
+
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    """All tensors of a call under names that `of_tensors` understands."""
+    named = {name: getattr(batch, name) for name in _PLAIN}
+    named |= {f"table {name}": t for name, t in batch.tables.items()}
+    for kind, (cos, sin) in batch.rope.items():
+        named |= {f"cos {int(kind)}": cos, f"sin {int(kind)}": sin}
+    for m, made in batch.entries.items():
+        named |= {f"entries {m} slots": made.slots, f"entries {m} cos": made.cos, f"entries {m} sin": made.sin}
+    return named
+
+
+def of_tensors(named: Mapping[str, Tensor]) -> Batch:
+    """The call that `tensors` took apart, with the tensors given."""
+    kinds = [bool(int(name[4:])) for name in named if name.startswith("cos ")]
+    ratios = [int(name.split()[1]) for name in named if name.startswith("entries ") and name.endswith(" slots")]
+    return Batch(
+        **{name: named[name] for name in _PLAIN},
+        tables={name[6:]: t for name, t in named.items() if name.startswith("table ")},
+        rope={kind: (named[f"cos {int(kind)}"], named[f"sin {int(kind)}"]) for kind in kinds},
+        entries={m: Entries(*(named[f"entries {m} {part}"] for part in ("slots", "cos", "sin"))) for m in ratios},
+    )
+
+
 def _ids(ids: Seq[int] | Tensor) -> Tensor:
     return ids.to(torch.int64) if isinstance(ids, Tensor) else torch.tensor(ids, dtype=torch.int64, device=HOST)
+
+
+_PLAIN = ("ids", "cu_seqlens", "start_pos", "positions", "window_slots")
 
 
 class RopeTables:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from v4.cache import SLACK, Cache, Sequence
-from v4.recorded import RecordedSteps, Recorder
 from v4.runner import Runner
 from v4.sampling import Sampler
 
@@ -114,21 +113,17 @@ def generate(
     chunk: int = 2048,
     on_token: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
-    recorder: Recorder | None = None,
 ) -> GenerateResult:
     """Continue one prompt.
 
     stop: token ids that end the text (kept as the last token). speculative: draft tokens per step, 0 for none; needs greedy
-    sampling and yields exactly the greedy tokens. recorder: decoding steps are recorded and replayed with it; the same tokens.
-    Raises ValueError for an empty prompt, ids outside the vocabulary, a context beyond the model's range, speculation with a sampling
-    temperature or with a recorder, and steps that can not be recorded (NotRecordable, which names the places).
+    sampling and yields exactly the greedy tokens. Raises ValueError for an empty prompt, ids outside the vocabulary, a context
+    beyond the model's range, or speculation with a sampling temperature.
     """
     ids = list(ids)
     _check(ids, max_new_tokens, runner.model.config.vocab_size)
     if speculative and not sampler.greedy:
         raise ValueError("speculative decoding verifies greedy drafts: set temperature to 0 or turn speculation off")
-    if speculative and recorder is not None:
-        raise ValueError("recorded steps are single tokens: turn speculation off or do not record")
     session = runner.session(
         max_tokens=len(ids) + max_new_tokens + speculative,
         max_chunk=max(min(chunk, len(ids)), speculative + 1),
@@ -136,7 +131,6 @@ def generate(
     )
     sequence = session.cache.new_sequence()
     drafter = Drafter(runner, session.draft_cache, speculative) if session.draft_cache else None
-    steps = RecordedSteps(runner, session.cache, recorder) if recorder is not None else None
     began = time.perf_counter()
     held: list[Tensor] = []
 
@@ -166,9 +160,6 @@ def generate(
     while not done:
         newest = result.tokens[-1]
         result.steps += 1
-        if steps is not None:
-            done = emit(sampler(steps([sequence], [newest]))[0])
-            continue
         if drafter is None:
             streams = runner.forward(session.cache, [sequence], [[newest]])
             done = emit(sampler(runner.logits(streams))[0])

@@ -6,6 +6,8 @@ R rows whose logits are wanted. Parameter names follow the hub checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -89,9 +91,13 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """Streams [T, n, D] after the last layer, before the head; stores this call's rows in `cache`."""
+        return self.run(batch, cache.layers)
+
+    def run(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        """`forward` with the tensors of the cache only."""
         x_TD = self.embed(batch.ids)
         streams_TnD = x_TD[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
             streams_TnD = layer(streams_TnD, batch, layer_cache)
         return streams_TnD
 

@@ -5,15 +5,18 @@ Shapes: T tokens, n streams, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from v4 import batch as batches
 from v4 import rope
-from v4.cache import Cache, Sequence
+from v4.cache import HOST, Cache, Sequence
 from v4.model import Model
 
 
@@ -25,11 +28,17 @@ class Session:
     draft_cache: Cache | None
 
 
-class Runner:
-    """Feeds token ids through a materialised model."""
+Function: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
+Replayed: TypeAlias = Callable[[Function, torch.device], Function]
+"""A backend's way to run a function of tensors again and again, always with the same launches for the same shapes."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+
+class Runner:
+    """Feeds token ids through a materialised model. `replayed`: how steps of one token a sequence are run, None for call by call."""
+
+    def __init__(self, model: Model, replayed: Replayed | None = None) -> None:
+        self.model, self.replayed = model, replayed
+        self._steps: weakref.WeakKeyDictionary[Cache, Function] = weakref.WeakKeyDictionary()
         self.device = model.embed.weight.device
         self.tables = batches.RopeTables(
             rope.frequencies(model.config, compressed=False), rope.frequencies(model.config, compressed=True)
@@ -59,11 +68,26 @@ class Runner:
     @torch.inference_mode()
     def forward(self, cache: Cache, sequences: Seq[Sequence], ids: Seq[Seq[int] | Tensor]) -> Tensor:
         """Store `ids[b]` as the next tokens of `sequences[b]`; streams [T, n, D] of all new tokens, sequence after sequence."""
-        layout = batches.build(cache, self.tables, sequences, ids, self.device)
-        streams_TnD = self.model(layout, cache)
+        if self.replayed is not None and all(len(new) == 1 for new in ids):
+            # made on the host, so that all of it goes to the device in one copy
+            layout = batches.padded(batches.build(cache, self.tables, sequences, ids, HOST))
+            streams_TnD = self._step(cache, self.replayed)(batches.tensors(layout))
+        else:
+            streams_TnD = self.model(batches.build(cache, self.tables, sequences, ids, self.device), cache)
         for sequence, new in zip(sequences, ids, strict=True):
             sequence.advance(len(new))
         return streams_TnD
+
+    def _step(self, cache: Cache, replayed: Replayed) -> Function:
+        if cache not in self._steps:
+            # what is kept for a cache must not keep the cache
+            layers, model = cache.layers, self.model
+
+            def function(named: Mapping[str, Tensor]) -> Tensor:
+                return model.run(batches.of_tensors(named), layers)
+
+            self._steps[cache] = replayed(function, self.device)
+        return self._steps[cache]
 
     @torch.inference_mode()
     def draft(self, cache: Cache, sequence: Sequence, next_ids: Seq[int] | Tensor, streams_TnD: Tensor) -> Tensor:

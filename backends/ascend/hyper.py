@@ -2,7 +2,8 @@
 
 custom.npu_hc_pre does it all in one, but multiplies in HF32 (10 bits of the weights), outside the bound of hc_pre: it is not offered. Its
 two other pieces are: they are documented in fp32, and the product between them is ours. The wheel's npu_mhc_post is not offered: the notes
-do not say over which index of h_res it sums.
+do not say over which index of h_res it sums. No package has hc_head in one kernel; csrc has one of our own, optional: its torch half has run on
+a CPU, its kernel has not been compiled.
 Source: Ascend operator notes, section 9; cann-recipes-infer, docs and test of npu_hc_pre_sinkhorn and npu_hc_pre_inv_rms.
 """
 
@@ -11,13 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.hyper import hc_post, hc_pre
+from ops.hyper import hc_head, hc_post, hc_pre
 
 HC_POST = "custom::npu_hc_post"
 INVERSE_RMS, SINKHORN = "custom::npu_hc_pre_inv_rms", "custom::npu_hc_pre_sinkhorn"
+HC_HEAD = "v4_ascend::hc_head"
 ITERATIONS = 20
 WIDTHS = (4096, 7168)
 STREAMS = 4
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_LANES, HEAD_WIDEST = 64, 16384
 
 
 def _hc_post_when(y_TD: Tensor, streams_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> bool:
@@ -62,3 +66,17 @@ def _hc_pre(
         hc_eps=hc_eps,
     )
     return x, post, comb
+
+
+def _hc_head_when(streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float) -> bool:
+    tokens, n, width = streams_TnD.shape
+    contiguous = all(t.is_contiguous() for t in (streams_TnD, fn, scale, base))
+    return tokens > 0 and n == STREAMS and width % HEAD_LANES == 0 and 0 < width <= HEAD_WIDEST and contiguous
+
+
+@hc_head.implement("ascend", name=f"{HC_HEAD} (own, optional)", dtypes=FLOATS, needs=(HC_HEAD,), when=_hc_head_when)
+def _hc_head(streams_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, hc_eps: float) -> Tensor:
+    collapsed: Tensor = torch.ops.v4_ascend.hc_head(
+        streams=streams_TnD, fn=fn, scale=scale, base=base, norm_eps=norm_eps, hc_eps=hc_eps
+    )
+    return collapsed

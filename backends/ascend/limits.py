@@ -238,7 +238,7 @@ class _Enforce(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-NAMESPACES = frozenset({"npu", "custom", "cann_ops_transformer", "_C_ascend"})
+NAMESPACES = frozenset({"npu", "custom", "cann_ops_transformer", "_C_ascend", "v4_ascend"})
 _active: list[_Enforce] = []
 
 

@@ -22,7 +22,6 @@ REASONS = {
     "dequant_mxfp4": "no exact form documented for A2 and A3",
     "grouped_experts_fp8": "no mode has FP8 experts: the hub's are FP4, converted ones INT8",
     "hadamard": "no op; a product with a constant matrix",
-    "hc_head": "no package has a fused op",
     "index_insert_fp4": "the vendor's epilogue has another layout of scales",
     "index_insert_fp8": "indexer_compress_epilog keeps scales in a tensor of their own",
     "linear": "torch's matmul is the vendor's",

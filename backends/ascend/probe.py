@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from backends.ascend import own
 from backends.ascend.chips import ALIASES, SOCS, family
 from ops.probe import Probe
 
@@ -20,6 +21,7 @@ INSTALL = {
     "custom": "the custom_ops package of cann-recipes-infer (both of its .run files)",
     "cann_ops_transformer": "the cann-ops-transformer package, with the ops of CANN 9.1 or newer",
     "_C_ascend": "vllm-ascend, which brings its own op package",
+    own.NAMESPACE: "both halves of this project's own ops (docs/ascend.md)",
 }
 """Namespace of vendor ops -> what brings it."""
 
@@ -104,6 +106,8 @@ def registered(name: str) -> bool:
     if not plain:
         package, _, function = op.partition(".")
         return python_function(package, function) is not None
+    if namespace == own.NAMESPACE and own.missing(plain):
+        return False
     try:
         packet = getattr(getattr(torch.ops, namespace), plain)
     except AttributeError:
@@ -122,6 +126,8 @@ def python_function(package: str, function: str) -> object | None:
 def _hint(gone: Sequence[str]) -> str:
     spaces = dict.fromkeys(name.replace(".", "::").partition("::")[0] for name in gone)
     needed = "; ".join(f"install {INSTALL[s]}" for s in spaces if s in INSTALL)
+    ours = [name.partition("::")[2] for name in gone if name.startswith(f"{own.NAMESPACE}::")]
+    needed += "".join(f": {why}" for why in dict.fromkeys(own.missing(op) for op in ours) if why)
     return f"{needed}; found torch_npu {torch_npu_version() or 'absent'}, torch {torch.__version__}"
 
 

@@ -1,4 +1,4 @@
-"""Index choice: scores of all visible entries, then segments that each keep their k largest, until one segment is left.
+"""Index choice: scores of all visible entries, then the k largest of each token.
 
 Shapes as in ops/indexer.py.
 """
@@ -8,19 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backends.cuda_triton.choice import ALIGN, MOST, choose
 from backends.cuda_triton.launch import NEED, SOC, blocks, kernels, power
 from ops.indexer import index_topk
 
 BF16 = (torch.bfloat16,)
 WIDEST = 256
-MOST = 4096
-"""Largest k: a segment holds at least twice as many columns in registers."""
-
 _SCRATCH = 1 << 28
 """Scores held at a time; more tokens are taken in turns."""
 _ENTRIES = 128
 _TOGETHER = 16
-_SEGMENT = 4096
 
 
 def _fits(
@@ -66,14 +63,15 @@ def _index_topk(
 ) -> Tensor:
     device, tokens = q_THd.device, q_THd.shape[0]
     table, cu, start = (t.to(device).contiguous() for t in (block_table, cu_seqlens, start_pos))
-    columns = max(table.shape[1] * key_cache.shape[1], 1)
+    columns = table.shape[1] * key_cache.shape[1]
+    pitch = max(blocks(columns, ALIGN), 1) * ALIGN
     index = torch.empty(tokens, topk, dtype=torch.int32, device=device)
-    step = max(min(_SCRATCH // columns, tokens, 65535), 1)
-    score = torch.empty(step, columns, dtype=torch.float32, device=device)
+    step = max(min(_SCRATCH // pitch, tokens, 65535), 1)
+    score = torch.empty(step, pitch, dtype=torch.float32, device=device)
     for first in range(0, tokens, step):
         count = min(step, tokens - first)
         _score(score, q_THd, w_TH, key_cache, table, cu, start, first, count, ratio)
-        _choose(index[first : first + count], score, cu, start, first, count, ratio, topk)
+        choose(index[first : first + count], score, cu, start, first, ratio, columns)
     return index
 
 
@@ -90,23 +88,3 @@ def _score(
         PER_BLOCK=keys.shape[1], PACKED=keys.dtype == torch.uint8, HEADS=heads, TOKENS=together, BATCH=power(batch), BLOCK_N=entries,
         BLOCK_H=min(power(heads, 16), 64), BLOCK_D=power(d, 16), num_warps=4, num_stages=2,
     )  # fmt: skip
-
-
-def _choose(index: Tensor, score: Tensor, cu: Tensor, start: Tensor, first: int, count: int, ratio: int, topk: int) -> None:
-    batch, columns = start.shape[0], score.shape[1]
-    segment = max(_SEGMENT, power(2 * topk))
-    entry = index  # not read in the first round
-    is_first = True
-    while True:
-        block = min(segment, power(columns, 16))
-        parts = blocks(columns, block)
-        last = parts == 1
-        out_entry = index if last else torch.empty(count, parts * topk, dtype=torch.int32, device=index.device)
-        out_score = score if last else torch.empty(count, parts * topk, dtype=torch.float32, device=index.device)
-        kernels("indexer").choose[(parts, count)](
-            score, entry, cu, start, out_score, out_entry, first, batch, columns, out_entry.shape[1], topk, ratio, FIRST=is_first,
-            LAST=last, BATCH=power(batch), BLOCK_E=block, BLOCK_K=power(topk), num_warps=8 if block >= 4096 else 4,
-        )  # fmt: skip
-        if last:
-            return
-        score, entry, columns, is_first = out_score, out_entry, parts * topk, False

@@ -2,24 +2,28 @@
 
 Without anything set: level l2 on CPU tensors, each test for the three chips. V4_TEST_SOC=a2|a3|950 takes one chip, V4_TEST_LEVEL=l2|l3 the level
 (l3 needs torch_npu and one chip per process; make test-ascend runs it so). V4_TEST_DEVICE=npu runs the same tests on a real device: nothing
-is installed, and the chip is what the runtime says.
+is installed, and the chip is what the runtime says. V4_TEST_OWN=1 (l3) runs the tests of this project's own CANN op, alone: both of its halves are
+there then, the kernel pretended, and the backend binds it.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from tools.npu_standin import models
+from backends.ascend import own_build
+from tools.npu_standin import models, package
 from tools.npu_standin.chips import CHIPS, chip
 from tools.npu_standin.install import StandIn, install
 
 HARDWARE = os.environ.get("V4_TEST_DEVICE") == "npu"
 LEVEL = os.environ.get("V4_TEST_LEVEL", "l2")
+OWN = os.environ.get("V4_TEST_OWN") == "1"
 
 
 def _families() -> list[str]:
@@ -44,6 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         without = [i for i in items if not {"device", "standin"} & set(getattr(i, "fixturenames", ()))]
         config.hook.pytest_deselected(items=without)
         items[:] = [i for i in items if i not in without]
+    if not HARDWARE:
+        elsewhere = [i for i in items if (i.get_closest_marker("own_op") is not None) != OWN]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [i for i in items if i not in elsewhere]
     for item in items:
         if item.get_closest_marker("wheel") and find_spec("torch_npu") is None:
             item.add_marker(pytest.mark.skip(reason="needs torch_npu: make test-ascend"))
@@ -58,6 +66,9 @@ def soc(request: pytest.FixtureRequest) -> Iterator[str]:
     """Chip family of this test, as the backend's probe names it; the vendor's ops are callable for it."""
     family: str = request.param
     before = models.soc()
+    if OWN and "torch_npu" not in sys.modules:
+        own_build.build()
+        package.show()
     if not HARDWARE:
         install(family, LEVEL)
     yield family

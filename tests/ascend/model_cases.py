@@ -201,6 +201,12 @@ def _hc_post(g: torch.Generator) -> Arguments:
     return {"x": bf16(g, 3, 4096), "residual": bf16(g, 3, 4, 4096), "post": fp32(g, 3, 4), "comb": fp32(g, 3, 4, 4)}
 
 
+@legal("v4_ascend::hc_head")
+def _hc_head(g: torch.Generator) -> Arguments:
+    fn = fp32(g, 4, 4 * 4096) / 64
+    return {"streams": bf16(g, 3, 4, 4096), "fn": fn, "scale": fp32(g, 1), "base": fp32(g, 4), "norm_eps": 1e-6, "hc_eps": 1e-6}
+
+
 @legal("npu::npu_mhc_post")
 def _mhc_post(g: torch.Generator) -> Arguments:
     return {"x": bf16(g, 3, 4, 4096), "h_res": fp32(g, 3, 4, 4), "h_out": bf16(g, 3, 4096), "h_post": fp32(g, 3, 4)}

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import v4
+from backends.cuda.graphs import Function, Replayed
 from ops.host_reads import NotRecordable
 from tests import tiny
-from v4.api import LoadedModel, recorder
+from v4.api import LoadedModel
 from v4.cache import Cache
-from v4.recorded import RecordedSteps
+from v4.runner import Runner
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -36,32 +37,43 @@ def caches(model: LoadedModel, lengths: tuple[int, ...]) -> tuple[Cache, list[An
     return cache, sequences
 
 
+def recording(model: LoadedModel) -> tuple[Runner, list[Replayed]]:
+    """A runner of the same model whose single steps are graphs, and what holds the graphs of each cache."""
+    made: list[Replayed] = []
+
+    def replayed(function: Function, device: torch.device) -> Function:
+        made.append(Replayed(function, device))
+        return made[-1]
+
+    return Runner(model.runner.model, replayed), made
+
+
 def steps_differ(model: LoadedModel, lengths: tuple[int, ...], steps: int) -> list[str]:
     """What differs between eager and recorded steps, bitwise; replays run under torch's alarm for host synchronisation."""
     cache, sequences = caches(model, lengths)
     other, others = caches(model, lengths)
-    run = RecordedSteps(model.runner, other, recorder(model.backend))
+    runner, made = recording(model)
     tokens, wrong = [3 + b for b in range(len(lengths))], []
     for step in range(steps):
-        eager = model.runner.logits(model.runner.forward(cache, sequences, [[t] for t in tokens]))
-        shapes = run.shapes
-        torch.cuda.synchronize()
-        found = run(others, tokens)
-        if run.shapes == shapes:
+        eager = model.runner.forward(cache, sequences, [[t] for t in tokens])
+        shapes = made[0].held if made else 0
+        new = [[t] for t in tokens]
+        found = runner.forward(other, others, new)
+        if made[0].held == shapes:
             # a shape that was recorded before: the step once more (it writes the same rows), with the alarm on
             for sequence in others:
                 sequence.rollback(1)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             try:
-                found = run(others, tokens)
+                found = runner.forward(other, others, new)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         if not torch.equal(eager, found):
-            wrong.append(f"step {step}: logits differ by {(eager - found).abs().max().item():.3g}")
-        tokens = eager.argmax(-1).tolist()
-    if not run.shapes < steps:
-        wrong.append(f"{run.shapes} shapes in {steps} steps: nothing was replayed")
+            wrong.append(f"step {step}: streams differ by {(eager - found).abs().max().item():.3g}")
+        tokens = model.runner.logits(eager).argmax(-1).tolist()
+    if not made[0].held < steps:
+        wrong.append(f"{made[0].held} shapes in {steps} steps: nothing was replayed")
     wrong += [f"pool {i} differs" for i, (a, b) in enumerate(zip(cache.pools(), other.pools(), strict=True)) if not torch.equal(a, b)]
     return wrong
 
@@ -77,7 +89,7 @@ def refusal(model: LoadedModel) -> str:
     """The message with which a step over plain torch is refused; empty when it was recorded."""
     cache, sequences = caches(model, (40,))
     try:
-        RecordedSteps(model.runner, cache, recorder(model.backend))(sequences, [3])
+        recording(model)[0].forward(cache, sequences, [[3]])
     except NotRecordable as error:
         return str(error)
     return ""
@@ -96,8 +108,8 @@ def times(model: LoadedModel, length: int, steps: int) -> dict[str, float]:
             seen.append(time.perf_counter() - began)
         return sorted(seen[steps // 3 :])[(steps - steps // 3) // 2] * 1e3
 
-    cache, sequences = caches(model, (length,))
-    eager = median(lambda token: model.runner.logits(model.runner.forward(cache, sequences, [[token]])))
-    cache, sequences = caches(model, (length,))
-    run = RecordedSteps(model.runner, cache, recorder(model.backend))
-    return {"eager_ms": eager, "recorded_ms": median(lambda token: run(sequences, [token]))}
+    found = {}
+    for name, runner in (("eager_ms", model.runner), ("recorded_ms", recording(model)[0])):
+        cache, sequences = caches(model, (length,))
+        found[name] = median(lambda token, r=runner, c=cache, s=sequences: r.logits(r.forward(c, s, [[token]])))
+    return found

@@ -5,7 +5,7 @@ Python runs no more in a replay, as with a CUDA graph: a value that it read when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from backends.cuda.graphs import Function
 from ops.host_reads import HostReads, NotRecordable
 
 SILENT = ("tolist", "numpy", "__array__", "item", "__bool__", "__int__", "__index__", "__float__", "tensor", "as_tensor", "from_numpy")
@@ -60,7 +61,7 @@ def _storages(values: Any) -> set[int]:
     return set().union(*map(_storages, values.values())) if isinstance(values, dict) else set()
 
 
-class _Tape(TorchDispatchMode):
+class _Ops(TorchDispatchMode):
     """Notes ops; a replay runs them again and puts the values where the results of the recording are."""
 
     def __init__(self) -> None:
@@ -85,8 +86,8 @@ class _Tape(TorchDispatchMode):
         return found
 
 
-class TapeRecorder:
-    """A recorder (v4.recorded.Recorder) on host tensors. `watch`: whether work that needs the host is refused.
+class Tape:
+    """A capture (backends.cuda.graphs.Capture) on host tensors. `watch`: whether work that needs the host is refused.
 
     `launched`: kernels of the last recording.
     """
@@ -94,34 +95,23 @@ class TapeRecorder:
     def __init__(self, *, watch: bool = True) -> None:
         self.watch = watch
         self.launched = 0
-        self.recorded = 0
 
-    def staging(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.uint8)
-
-    def settled(self) -> None:
-        pass
-
-    def upload(self, host: Tensor, device: Tensor) -> None:
-        device.copy_(host)
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, function: Function, buffers: Mapping[str, Tensor]) -> Callable[[], Tensor]:
         if self.watch:
-            work()
+            function(buffers)
             with launches(lambda *call: None, run=True), _Silent() as silent, HostReads() as reads:
-                work()
+                function(buffers)
             if reads.places or silent.found:
                 raise NotRecordable([*reads.places, *silent.found])
-        tape = _Tape()
+        tape = _Ops()
 
         def launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.launched += 1
             tape.steps.append(lambda: kernel.run(*args, **kwargs))
 
         self.launched = 0
-        self.recorded += 1
         with launches(launch, run=True), tape:
-            result = work()
+            result = function(buffers)
 
         def replay() -> Tensor:
             for step in tape.steps:

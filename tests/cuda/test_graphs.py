@@ -1,4 +1,4 @@
-"""CUDA graphs on a device: bitwise what eager steps give, without a host synchronisation; refused where plain torch reads values."""
+"""Decode steps as CUDA graphs, on a device: bitwise what eager steps give, without a host synchronisation; refused where plain torch reads values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_recorded_steps_are_eager_steps(settings: str, lengths: tuple[int, ...])
 
 @pytest.mark.parametrize("settings", graph_checks.SETTINGS)
 def test_recorded_text_is_the_same(settings: str) -> None:
-    assert graph_checks.texts_differ(graph_checks.load(**graph_checks.SETTINGS[settings]), 40) == []
+    assert graph_checks.texts_differ(graph_checks.load(**graph_checks.SETTINGS[settings]), 200) == []
 
 
 def test_plain_torch_that_reads_values_is_refused_with_its_place() -> None:

@@ -5,7 +5,8 @@ The first is shown on meta tensors at V4-Flash's widths, the second with a tape 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 import v4
+from backends.cuda.graphs import Capture, Function, Replayed
 from backends.cuda_triton import attention
 from ops.contract import CONTRACTS
 from ops.host_reads import HostReads, NotRecordable
 from ops.probe import Probe
 from ops.registry import bind, chain_of
 from tests import tiny
-from tests.cuda.recording import TapeRecorder, launches
+from tests.cuda.recording import Tape, launches
 from tools.runconfig import named_config
-from v4 import recorded
+from v4 import batch as batches
 from v4.cache import Cache, Format
 from v4.config import Config
 from v4.make import make
@@ -41,45 +43,50 @@ def hopper_ops() -> SimpleNamespace:
     return bind(chain_of("cuda"), dtype=BF16, probes=PROBES).ops
 
 
-class MetaRecorder:
+class MetaCapture:
     """Runs the work on tensors without data, where every read of a value fails; counts what HostReads sees."""
 
     def __init__(self) -> None:
         self.places: list[str] = []
         self.launched: list[str] = []
 
-    def staging(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.uint8)
-
-    def settled(self) -> None:
-        pass
-
-    def upload(self, host: Tensor, device: Tensor) -> None:
-        pass
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, function: Function, buffers: Mapping[str, Tensor]) -> Callable[[], Tensor]:
         with launches(lambda *call: None, run=False):
-            work()  # tables that are made once come from the host
+            function(buffers)  # tables that are made once come from the host
         with launches(lambda kernel, args, kwargs: self.launched.append(kernel.fn.__name__), run=False), HostReads() as reads:
-            result = work()
+            result = function(buffers)
         self.places += reads.places
         return lambda: result
 
 
-def meta_steps(batch: int, before: int, steps: int, **settings: Any) -> tuple[MetaRecorder, int]:
+def runner_with(model: Model, capture: Capture) -> tuple[Runner, list[Replayed]]:
+    """A runner whose single steps go through this capture, and what holds the recordings of each cache."""
+    made: list[Replayed] = []
+
+    def replayed(function: Function, device: torch.device) -> Function:
+        made.append(Replayed(function, device, capture))
+        return made[-1]
+
+    return Runner(model, replayed), made
+
+
+def meta_steps(batch: int, before: int, steps: int, **settings: Any) -> tuple[MetaCapture, int]:
     config = named_config("flash")
+    if settings:
+        config = replace(config, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
     model = Model(Settings(config, hopper_ops(), BF16, **settings), mtp=False)
     where = torch.device("meta")
     cache = Cache(config, model.ratios, dtype=BF16, device=where, max_tokens=1024, max_sequences=batch, max_chunk=16, fmt=model.settings.format)
     sequences = [cache.new_sequence() for _ in range(batch)]
     for b, sequence in enumerate(sequences):
         cache.assume(sequence, before - b)
-    recorder = MetaRecorder()
-    run = recorded.RecordedSteps(Runner(model), cache, recorder)
+    capture = MetaCapture()
+    runner, made = runner_with(model, capture)
     for _ in range(steps):
-        assert run(sequences, [7] * batch).shape == (batch, config.vocab_size)
+        streams = runner.forward(cache, sequences, [[7]] * batch)
+        assert streams.shape == (batch, config.hc_mult, config.hidden_size)
     assert [s.length for s in sequences] == [before - b + steps for b in range(batch)]
-    return recorder, run.shapes
+    return capture, made[0].held
 
 
 @pytest.mark.parametrize(("batch", "before", "shapes"), [(1, 126, 2), (1, 127, 2), (3, 126, 2), (4, 160, 1)])
@@ -139,30 +146,30 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Model3:
 
 
 @pytest.fixture(scope="module")
-def two_steps(small: Model3) -> list[Tensor]:
-    """Logits of two eager steps after 127 tokens."""
+def three_steps(small: Model3) -> list[Tensor]:
+    """Streams of three eager steps after 127 tokens."""
     cache, sequences = small.cache(127)
-    return [eager(small, cache, sequences, [token]) for token in (5, 6)]
+    return [eager(small, cache, sequences, [token]) for token in (5, 6, 7)]
 
 
 def eager(small: Model3, cache: Cache, sequences: list[Any], tokens: list[int]) -> Tensor:
-    return small.runner.logits(small.runner.forward(cache, sequences, [[t] for t in tokens]))
+    return small.runner.forward(cache, sequences, [[t] for t in tokens])
 
 
-@pytest.mark.parametrize(("lengths", "steps", "shapes"), [((253,), 5, 2), ((254, 129), 4, 3)])
+@pytest.mark.parametrize(("lengths", "steps", "shapes"), [((253,), 5, 2), ((254, 127), 4, 2)])
 def test_replays_give_what_eager_steps_give(small: Model3, lengths: tuple[int, ...], steps: int, shapes: int) -> None:
-    """Over the completion of CSA and HCA entries, bitwise: logits of every step, and all that is stored at the end."""
+    """Over the completion of CSA and HCA entries, bitwise: streams of every step, and all that is stored at the end."""
     cache, sequences = small.cache(*lengths)
     other, others = small.cache(*lengths)
-    recorder = TapeRecorder()
-    run = recorded.RecordedSteps(small.runner, other, recorder)
+    tape = Tape(watch=len(lengths) == 1)
+    runner, made = runner_with(small.runner.model, tape)
     tokens = [5 + i for i in range(len(lengths))]
     for _ in range(steps):
-        expected, found = eager(small, cache, sequences, tokens), run(others, tokens)
+        expected, found = eager(small, cache, sequences, tokens), runner.forward(other, others, [[t] for t in tokens])
         assert torch.equal(expected, found)
-        tokens = expected.argmax(-1).tolist()
-    assert recorder.recorded == run.shapes == shapes < steps
-    assert recorder.launched > 20
+        tokens = small.runner.logits(expected).argmax(-1).tolist()
+    assert made[0].held == shapes < steps
+    assert tape.launched > 20
     for mine, theirs in zip(cache.pools(), other.pools(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -177,22 +184,25 @@ def test_a_value_read_while_recording_is_refused_with_its_place(small: Model3, m
 
     monkeypatch.setattr(attention, "plan", reading)
     with pytest.raises(NotRecordable, match=r"backends/cuda_triton/attention.py:\d+ _sparse_attention: (item|_local_scalar_dense)"):
-        recorded.RecordedSteps(small.runner, cache, TapeRecorder())(sequences, [3])
+        runner_with(small.runner.model, Tape())[0].forward(cache, sequences, [[3]])
 
 
-@pytest.mark.parametrize("lost", [None, "ids", "start_pos", "window_slots", "rope.True.cos", "tables.window"])
+@pytest.mark.parametrize("lost", [None, "ids", "start_pos", "window_slots", "cos 1", "table window"])
 def test_a_field_that_is_not_renewed_shows(
-    small: Model3, two_steps: list[Tensor], monkeypatch: pytest.MonkeyPatch, lost: str | None
+    small: Model3, three_steps: list[Tensor], monkeypatch: pytest.MonkeyPatch, lost: str | None
 ) -> None:
     """The comparison with eager steps sees a buffer that is not written anew for a step that is replayed."""
-    plain, replaying = recorded._fields, []
+    plain, replaying = batches.tensors, []
 
-    def forgetful(batch: Any):
-        return ((n, torch.zeros_like(v) if n == lost and replaying else v) for n, v in plain(batch))
+    def forgetful(batch: batches.Batch) -> dict[str, Tensor]:
+        return {n: torch.zeros_like(v) if n == lost and replaying else v for n, v in plain(batch).items()}
 
-    monkeypatch.setattr(recorded, "_fields", forgetful)
+    monkeypatch.setattr(batches, "tensors", forgetful)
     cache, sequences = small.cache(127)
-    run = recorded.RecordedSteps(small.runner, cache, TapeRecorder(watch=False))
-    assert torch.equal(run(sequences, [5]), two_steps[0])
+    runner, made = runner_with(small.runner.model, Tape(watch=False))
+    # the first step completes entries, the other two do not
+    assert torch.equal(runner.forward(cache, sequences, [[5]]), three_steps[0])
+    assert torch.equal(runner.forward(cache, sequences, [[6]]), three_steps[1])
     replaying.append(True)
-    assert torch.equal(run(sequences, [6]), two_steps[1]) == (lost is None)
+    assert torch.equal(runner.forward(cache, sequences, [[7]]), three_steps[2]) == (lost is None)
+    assert made[0].held == 2

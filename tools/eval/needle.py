@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -57,7 +59,10 @@ def _row(subject: Subject, encoder: Encoder, args: argparse.Namespace, length: i
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings and one row by length: accuracy with its 95 % interval, and right answers by depth. ValueError for wrong options."""
+    """The settings and one row by length: accuracy with its 95 % interval, and right answers by depth. ValueError for wrong options.
+
+    Long contexts take long: each length is told on stderr, and saved with those before it, as soon as it is done.
+    """
     lengths = lengths_of(args.lengths)
     if args.depths < 1:
         raise ValueError(f"--depths {args.depths}: expected at least 1")
@@ -66,18 +71,27 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--lengths: {most} tokens with the answer, the model takes {subject.model.max_context}")
     encoder = Encoder(subject.tokenizer)
     with tqdm(total=sum(lengths) * args.trials, unit="tok", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        rows = [_row(subject, encoder, args, length, bar) for length in lengths]
+        rows: list[dict[str, Any]] = []
+        head = {**settings(args), "window": subject.model.config.sliding_window}
+        for length in lengths:
+            rows.append(_row(subject, encoder, args, length, bar))
+            if length != lengths[-1]:
+                bar.write(_line(rows[-1]), file=sys.stderr)
+                if args.save:
+                    Path(args.save).write_text(json.dumps({**head, "complete": False, "lengths": rows}, indent=1) + "\n", encoding="utf-8")
     subject.check()
-    return {**settings(args), "window": subject.model.config.sliding_window, "lengths": rows}
+    return {**head, "complete": True, "lengths": rows}
+
+
+def _line(row: dict[str, Any]) -> str:
+    depths = " ".join(f"{100 * d['right'] / d['trials']:.0f}" for d in row["by_depth"])
+    return f"{row['length']:>8d}{row['trials']:>8d}{row['accuracy']:>9.1%}   {row['low']:.1%} to {row['high']:.1%}   {depths}"
 
 
 def text(found: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"{'tokens':>8s}{'trials':>8s}{'found':>9s}   95 % interval   by depth"]
-    for row in found["lengths"]:
-        depths = " ".join(f"{100 * d['right'] / d['trials']:.0f}" for d in row["by_depth"])
-        lines.append(f"{row['length']:>8d}{row['trials']:>8d}{row['accuracy']:>9.1%}   {row['low']:.1%} to {row['high']:.1%}   {depths}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(_line, found["lengths"])])
 
 
 def draw(found: dict[str, Any], path: str) -> None:

@@ -27,7 +27,7 @@ _REFUSED = re.compile(
     r"|aclmdlExecute|aclrtLaunch|rtKernelLaunch|_ZN3atb15CreateOperation"
 )
 _REFUSAL = 5
-_WORKSPACE = "GetWorkspaceSize"
+WORKSPACE = "GetWorkspaceSize"
 
 
 def cache_directory() -> Path:
@@ -45,7 +45,8 @@ def directory(without: Collection[str] = ()) -> Path:
     return cache_directory() / f"npu_standin-{known.hexdigest()[:16]}"
 
 
-def _gcc(*arguments: str, where: Path) -> None:
+def gcc(*arguments: str, where: Path) -> None:
+    """Run gcc in a directory. StandInError with its words when it fails."""
     done = subprocess.run(("gcc", *FLAGS, *arguments), cwd=where, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StandInError(f"gcc {' '.join(arguments)} failed in {where}:\n{done.stderr.strip()[-2000:]}")
@@ -63,7 +64,7 @@ def _answers(names: Iterable[str]) -> str:
     return "".join(f"long {n}(void) {{ return {_REFUSAL if _REFUSED.match(n) else 0}; }}\n" for n in sorted(names))
 
 
-def _entries(names: Iterable[str]) -> str:
+def entries(names: Iterable[str]) -> str:
     """Assembly in which every first phase jumps to the trampoline with its name and every second phase only counts.
 
     What is neither refuses: a question to which nothing here has an answer.
@@ -71,11 +72,11 @@ def _entries(names: Iterable[str]) -> str:
     lines, known = [".text"], set(names)
     for number, name in enumerate(sorted(known)):
         lines.append(f".globl {name}\n.type {name}, @function\n{name}:")
-        if name.endswith(_WORKSPACE):
+        if name.endswith(WORKSPACE):
             lines.append(f"leaq .Lname{number}(%rip), %r11\njmp standin_trampoline")
-            lines.append(f'.section .rodata\n.Lname{number}: .string "{name.removesuffix(_WORKSPACE)}"\n.text')
+            lines.append(f'.section .rodata\n.Lname{number}: .string "{name.removesuffix(WORKSPACE)}"\n.text')
         else:
-            lines.append(f"jmp {'standin_launch' if name + _WORKSPACE in known else 'standin_unanswered'}@PLT")
+            lines.append(f"jmp {'standin_launch' if name + WORKSPACE in known else 'standin_unanswered'}@PLT")
     return "\n".join([*lines, '.section .note.GNU-stack,"",@progbits', ""])
 
 
@@ -84,19 +85,19 @@ def _compile(wants: Wants, where: Path, progress: Callable[[str], None]) -> None
         shutil.copy(source, where)
     progress("compiling descriptors and runtime")
     for compiled in ("acl.c", "opapi.c", "trampoline_x86_64.S"):
-        _gcc("-c", compiled, where=where)
+        gcc("-c", compiled, where=where)
     here = _defined(("acl.o", "opapi.o"), where)
     (where / "answers.c").write_text(_answers(wants.symbols - here), encoding="utf-8")
-    (where / "entries.S").write_text(_entries(wants.aclnn - here), encoding="utf-8")
+    (where / "entries.S").write_text(entries(wants.aclnn - here), encoding="utf-8")
     (where / "empty.c").write_text("", encoding="utf-8")
     progress(f"compiling {len(wants.symbols - here)} answers and {len(wants.aclnn - here)} aclnn entries")
     linked = ("-shared", "-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN")
-    _gcc(*linked, "-Wl,-soname,libascendcl.so", "-o", "libascendcl.so", "acl.o", "answers.c", where=where)
+    gcc(*linked, "-Wl,-soname,libascendcl.so", "-o", "libascendcl.so", "acl.o", "answers.c", where=where)
     for name in wants.libraries:
         if name != "libascendcl.so":  # dlsym on the handle of any of them must find the names
-            _gcc(*linked, f"-Wl,-soname,{name}", "-o", name, "empty.c", "libascendcl.so", where=where)
+            gcc(*linked, f"-Wl,-soname,{name}", "-o", name, "empty.c", "libascendcl.so", where=where)
     opapi = ("opapi.o", "trampoline_x86_64.o", "entries.S")
-    _gcc(*linked, "-Wl,-soname,libopapi.so", "-o", "libopapi.so", *opapi, where=where)
+    gcc(*linked, "-Wl,-soname,libopapi.so", "-o", "libopapi.so", *opapi, where=where)
 
 
 def build(progress: Callable[[str], None] = lambda _: None, without: Collection[str] = ()) -> Path:
@@ -114,7 +115,7 @@ def build(progress: Callable[[str], None] = lambda _: None, without: Collection[
     if shutil.which("gcc") is None:
         raise StandInError("no gcc found; it builds the stand-in libraries: install it, for instance: apt install gcc")
     wants = examine(progress)
-    gone = frozenset(name + end for name in without for end in ("", _WORKSPACE))
+    gone = frozenset(name + end for name in without for end in ("", WORKSPACE))
     wants = replace(wants, aclnn=wants.aclnn - gone)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

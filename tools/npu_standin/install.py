@@ -80,6 +80,16 @@ def _register(level: str, namespaces: Sequence[str]) -> None:
     _alive.extend(libraries.values())
 
 
+def on_cpu(namespace: str) -> torch.library.Library:
+    """Put the models of a namespace under its ops for CPU tensors; they leave when the result is destroyed."""
+    library = torch.library.Library(namespace, "IMPL")
+    for name, model in models.load().items():
+        space, _, op = name.partition("::")
+        if space == namespace:
+            library.impl(op, _on_cpu(name, schemas.schema(name), model), "CPU")
+    return library
+
+
 def _load_wheel(node: Chip, lacking: Sequence[str]) -> None:
     from tools.npu_standin import cann, host
 

@@ -1,7 +1,7 @@
 """Schemas of the vendor's ops as text: what a released package registers, one op a line, and their definition where no package does.
 
 torch_npu.txt was dumped from the imported wheel 2.13.0; custom.txt from cann-recipes-infer's binding; _C_ascend.txt and
-cann_ops_transformer.txt were read from the sources of vllm-ascend and ops-transformer.
+cann_ops_transformer.txt were read from the sources of vllm-ascend and ops-transformer; v4_ascend.txt is what backends/ascend/csrc registers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ FILES = {
     "custom": "custom.txt",
     "cann_ops_transformer": "cann_ops_transformer.txt",
     "_C_ascend": "_C_ascend.txt",
+    "v4_ascend": "v4_ascend.txt",
 }
 """Namespace -> file. torch_npu.txt also has lines of other namespaces."""
 PACKAGES = ("custom", "cann_ops_transformer", "_C_ascend")

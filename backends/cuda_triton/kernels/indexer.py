@@ -1,14 +1,12 @@
-"""Index scores of the entries a query may see, and the exact choice of the k largest, ties to the lowest entry.
+"""Index scores of the entries a query may see.
 
-Shapes: H index heads, d index width, N entries of a program, T tokens, k chosen, E columns of a program's segment.
+Shapes: H index heads, d index width, N entries of a program, T tokens.
 """
 
 import triton
 import triton.language as tl
 
 from backends.cuda_triton.kernels.paged import row_offset, token_place
-
-_LOWEST = tl.constexpr(-2147483648)
 
 
 @triton.jit
@@ -84,72 +82,3 @@ def scores(
                     score_N = score_N * scale_N
                 seen_N = entry_N < (token + shift) // ratio
                 tl.store(score_ptr + (wide + token - first_token) * columns + entry_N, score_N, mask=seen_N)
-
-
-@triton.jit
-def _ordered(score_E: tl.tensor) -> tl.tensor:
-    """Integers that order as the scores do. Sums that begin with 0 are never -0, which would order below it."""
-    bits_E = score_E.to(tl.int32, bitcast=True)
-    return tl.where(bits_E < 0, bits_E ^ 0x7FFFFFFF, bits_E)
-
-
-@triton.jit
-def choose(
-    score_ptr: tl.tensor,
-    entry_ptr: tl.tensor,
-    cu_ptr: tl.tensor,
-    start_ptr: tl.tensor,
-    out_score_ptr: tl.tensor,
-    out_entry_ptr: tl.tensor,
-    first_token: tl.tensor,
-    batch: tl.tensor,
-    columns: tl.tensor,
-    out_columns: tl.tensor,
-    topk: tl.tensor,
-    ratio: tl.tensor,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    BATCH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
-    """The topk largest of one segment of BLOCK_E columns (program_id(0)) of one token (program_id(1)), in order of their columns.
-
-    FIRST: column i is entry i and those below the number of visible entries count; otherwise `entry` names the entry of each column, -1 for
-    none. The threshold, the topk-th largest, is found bit by bit; of the columns that equal it the lowest are taken. A segment writes
-    topk columns, -1 behind the last. LAST: there is one segment, and the scores are not written.
-    """
-    line = tl.program_id(1)
-    column_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    at_E = line.to(tl.int64) * columns + column_E
-    if FIRST:
-        _, position = token_place(first_token + line, cu_ptr, start_ptr, batch, BATCH)
-        valid_E = column_E < tl.minimum((position + 1) // ratio, columns)
-        entry_E = column_E
-    else:
-        entry_E = tl.load(entry_ptr + at_E, mask=column_E < columns, other=-1)
-        valid_E = entry_E >= 0
-    score_E = tl.load(score_ptr + at_E, mask=valid_E, other=0.0)
-    key_E = tl.where(valid_E, _ordered(score_E), _LOWEST)
-    count = tl.sum(valid_E.to(tl.int32), axis=0)
-    wanted = tl.minimum(topk, count)
-    # the largest integer that `wanted` keys reach: the sign first, then from the highest bit down
-    threshold = tl.full((), _LOWEST, tl.int32)
-    if count > topk:
-        reach = tl.sum((valid_E & (key_E >= 0)).to(tl.int32), axis=0)
-        threshold = tl.where(reach >= wanted, 0, threshold)
-        for i in range(31):
-            higher = threshold + (1 << (30 - i))
-            reach = tl.sum((valid_E & (key_E >= higher)).to(tl.int32), axis=0)
-            threshold = tl.where(reach >= wanted, higher, threshold)
-    above_E = valid_E & (key_E > threshold)
-    level_E = (valid_E & (key_E == threshold)).to(tl.int32)
-    short = wanted - tl.sum(above_E.to(tl.int32), axis=0)
-    taken_E = above_E | ((level_E > 0) & (tl.cumsum(level_E, axis=0) <= short))
-    place_E = tl.cumsum(taken_E.to(tl.int32), axis=0) - 1
-    out = line.to(tl.int64) * out_columns + tl.program_id(0) * topk
-    tl.store(out_entry_ptr + out + place_E, entry_E, mask=taken_E)
-    if not LAST:
-        tl.store(out_score_ptr + out + place_E, score_E, mask=taken_E)
-    rest_K = tl.arange(0, BLOCK_K)
-    tl.store(out_entry_ptr + out + rest_K, tl.full((BLOCK_K,), -1, tl.int32), mask=(rest_K >= wanted) & (rest_K < topk))

@@ -26,7 +26,7 @@ standin_trampoline:
     leaq    -48(%rbp), %rsi
     leaq    -112(%rbp), %rdx
     leaq    16(%rbp), %rcx
-    call    standin_enter
+    call    standin_enter@PLT
     leave
     ret
     .size   standin_trampoline, .-standin_trampoline
