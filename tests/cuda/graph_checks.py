@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import v4
 from backends.cuda.graphs import Function, Replayed
 from ops.host_reads import NotRecordable
 from tests import tiny
+from tools.runconfig import named_config
 from v4.api import LoadedModel
 from v4.cache import Cache
+from v4.config import Config
+from v4.model import Model
 from v4.runner import Runner
+from v4.settings import Settings
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -28,16 +34,17 @@ def load(name: str = "flash", **settings: Any) -> LoadedModel:
     return v4.load(tiny.checkpoint(name), backend="cuda", **settings)
 
 
-def caches(model: LoadedModel, lengths: tuple[int, ...]) -> tuple[Cache, list[Any]]:
-    """A cache with synthetic contexts of these lengths."""
-    cache = model.runner.session(max_tokens=512, max_sequences=len(lengths), max_chunk=16).cache
+def caches(runner: Runner, lengths: tuple[int, ...], most: int = 512) -> tuple[Cache, list[Any]]:
+    """A cache for `most` tokens a sequence with synthetic contexts of these lengths."""
+    cache = runner.session(max_tokens=most, max_sequences=len(lengths), max_chunk=16).cache
     sequences = [cache.new_sequence() for _ in lengths]
-    for seed, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-        cache.fill_synthetic(sequence, length, seed)
+    for sequence, length in zip(sequences[1:], lengths[1:], strict=True):
+        cache.assume(sequence, length)
+    cache.fill_synthetic(sequences[0], lengths[0])  # every row of the pools, whoever's it is
     return cache, sequences
 
 
-def recording(model: LoadedModel) -> tuple[Runner, list[Replayed]]:
+def recording(runner: Runner) -> tuple[Runner, list[Replayed]]:
     """A runner of the same model whose single steps are graphs, and what holds the graphs of each cache."""
     made: list[Replayed] = []
 
@@ -45,14 +52,14 @@ def recording(model: LoadedModel) -> tuple[Runner, list[Replayed]]:
         made.append(Replayed(function, device))
         return made[-1]
 
-    return Runner(model.runner.model, replayed), made
+    return Runner(runner.model, replayed), made
 
 
 def steps_differ(model: LoadedModel, lengths: tuple[int, ...], steps: int) -> list[str]:
     """What differs between eager and recorded steps, bitwise; replays run under torch's alarm for host synchronisation."""
-    cache, sequences = caches(model, lengths)
-    other, others = caches(model, lengths)
-    runner, made = recording(model)
+    cache, sequences = caches(model.runner, lengths)
+    other, others = caches(model.runner, lengths)
+    runner, made = recording(model.runner)
     tokens, wrong = [3 + b for b in range(len(lengths))], []
     for step in range(steps):
         eager = model.runner.forward(cache, sequences, [[t] for t in tokens])
@@ -87,29 +94,45 @@ def texts_differ(model: LoadedModel, new: int) -> list[str]:
 
 def refusal(model: LoadedModel) -> str:
     """The message with which a step over plain torch is refused; empty when it was recorded."""
-    cache, sequences = caches(model, (40,))
+    cache, sequences = caches(model.runner, (40,))
     try:
-        recording(model)[0].forward(cache, sequences, [[3]])
+        recording(model.runner)[0].forward(cache, sequences, [[3]])
     except NotRecordable as error:
         return str(error)
     return ""
 
 
-def times(model: LoadedModel, length: int, steps: int) -> dict[str, float]:
-    """Median milliseconds of a greedy step, eager and recorded, the reading of its token included."""
+def flash_slice(device: torch.device, ops: SimpleNamespace, *, config: Config | None = None) -> Runner:
+    """One layer of each kind at V4-Flash's widths with FP4 experts and random weights, about 11 GB, made on the device."""
+    whole = config or named_config("flash")
+    config = replace(whole, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+    model = Model(Settings(config, ops, torch.bfloat16, experts="fp4"), mtp=False)
+    g = torch.Generator(device=device).manual_seed(0)
+    for name, p in list(model.named_parameters()):
+        shape = tuple(p.shape)
+        if p.dtype == torch.int64:
+            value = torch.randint(0, config.n_routed_experts, shape, generator=g, device=device)
+        elif p.dtype == torch.uint8:
+            value = torch.randint(0, 256, shape, generator=g, device=device, dtype=torch.uint8)
+        elif p.dtype == torch.float8_e8m0fnu:
+            value = torch.randint(116, 121, shape, generator=g, device=device, dtype=torch.uint8).view(p.dtype)
+        else:
+            value = torch.randn(shape, generator=g, device=device, dtype=p.dtype) * (0.02 if p.dim() > 1 else 1.0)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+    return Runner(model)
 
-    def median(step: Any) -> float:
-        seen, token = [], 5
+
+def times(runner: Runner, length: int, steps: int, batch: int = 1) -> dict[str, float]:
+    """Median milliseconds of a greedy step, eager and recorded, the reading of its tokens included."""
+
+    def median(run: Runner) -> float:
+        cache, sequences = caches(runner, (length,) * batch, length + steps)
+        seen, tokens = [], [5] * batch
         for _ in range(steps):
-            torch.cuda.synchronize()
             began = time.perf_counter()
-            logits: Tensor = step(token)
-            token = int(logits.argmax(-1)[0])
+            tokens = run.logits(run.forward(cache, sequences, [[t] for t in tokens])).argmax(-1).tolist()
             seen.append(time.perf_counter() - began)
-        return sorted(seen[steps // 3 :])[(steps - steps // 3) // 2] * 1e3
+        return statistics.median(seen[steps // 3 :]) * 1e3
 
-    found = {}
-    for name, runner in (("eager_ms", model.runner), ("recorded_ms", recording(model)[0])):
-        cache, sequences = caches(model, (length,))
-        found[name] = median(lambda token, r=runner, c=cache, s=sequences: r.logits(r.forward(c, s, [[token]])))
-    return found
+    return {"eager_ms": median(runner), "recorded_ms": median(recording(runner)[0])}
