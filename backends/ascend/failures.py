@@ -6,7 +6,7 @@ import re
 
 from backends.ascend.probe import torch_npu_version
 
-_NO_KERNEL = re.compile(r"(aclnn\w+) or \1GetWorkspaceSize not in (\w+\.so)")
+_NO_KERNEL = re.compile(r"(aclnn\w+) or \1GetWorkspaceSize not (?:in (\w+\.so)|found)")
 _OLDER_WAY = re.compile(r"OpParamMaker\.cpp:\d+.*OPS function error: (\w+), error code is (\d+)")
 
 
@@ -24,9 +24,10 @@ def explain_failure(error: BaseException) -> str | None:
         )
     if (found := _NO_KERNEL.search(str(error))) is None:
         return None
-    name, library = found.groups()
+    # on 950, for which torch_npu has no operators of the older kind, it does not say where it looked
+    name, searched = found[1], f" ({found[2]} was searched)" if found[2] else ""
     return (
-        f"the CANN of this node has no {name} ({library} was searched), which torch_npu {torch_npu_version()} calls: "
+        f"the CANN of this node has no {name}{searched}, which torch_npu {torch_npu_version()} calls: "
         "install the ops package of the CANN release that goes with it and source its set_env.sh (docs/ascend.md), "
         "or take the op from another backend with --ops OP=cpu"
     )
