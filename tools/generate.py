@@ -20,6 +20,7 @@ import v4
 from ops.mutants import Plant
 from ops.registry import parse_overrides
 from tools.runconfig import RunConfig, nearest, read_run_file
+from v4.api import replayed_of
 from v4.config import Config
 from v4.encoding import encode
 from v4.prompt_texts import PromptTexts
@@ -117,6 +118,12 @@ def prepare(args: argparse.Namespace) -> Request:
         )
     if settings.speculative and settings.temperature > 0:
         raise ValueError("--speculative verifies greedy drafts: leave --temperature at 0")
+    if settings.cuda_graph:
+        if settings.speculative:
+            raise ValueError("--cuda-graph replays single tokens: leave --speculative off")
+        if getattr(args, "plant", None):
+            raise ValueError("--cuda-graph replays what was recorded, without the ops: leave --plant off")
+        replayed_of(settings.backend)
     plants = tuple(Plant.parse(text) for text in getattr(args, "plant", None) or ())
     known = [
         *(f"layers.{i}" for i in range(config.num_hidden_layers)),
@@ -135,6 +142,8 @@ def load(request: Request, watch: Scope | None = None) -> v4.LoadedModel:
     watch: wraps the ops of each part of the model, outside of planted faults, so that a recorder sees what really ran.
     """
     s = request.settings
+    if watch is not None and s.cuda_graph:
+        raise ValueError("--cuda-graph replays what was recorded, without the ops: a trace needs it off")
 
     def scope(place: str, ops: SimpleNamespace) -> SimpleNamespace:
         planted = request.scope(place, ops)
@@ -181,6 +190,7 @@ def answer(request: Request, model: v4.LoadedModel, write: Callable[[str], None]
         seed=s.seed,
         speculative=s.speculative,
         on_token=on_token,
+        recorded=s.cuda_graph,
     )
     if decoder:
         put(decoder.finish())

@@ -31,6 +31,7 @@ def add(p: Any) -> None:
     p.add_argument("--checked", action="store_true", default=None, help="hold every op call to its contract and to the vendor's limits; slow")
     p.add_argument("--strict", action="store_true", default=None, help="no fallback to plain torch")
     p.add_argument("--speculative", action="store_true", default=None, help="draft with the MTP block; same tokens")
+    p.add_argument("--cuda-graph", action="store_true", default=None, help="record decoding steps as CUDA graphs and replay them; same tokens")
     p.add_argument(
         "--plant", action="append", metavar="OP:MUTANT[@PLACE][#STEP]", help="put a fault in on purpose (see v4 parity)"
     )

@@ -57,6 +57,7 @@ class RunConfig:
     checked: bool = False
     batch_invariant: bool = False
     speculative: bool = False
+    cuda_graph: bool = False
     ops: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

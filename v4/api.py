@@ -22,7 +22,7 @@ from v4.generate import GenerateResult, generate
 from v4.load import LoadReport, load_parameters
 from v4.model import Model
 from v4.prompt_texts import PromptTexts
-from v4.runner import Runner
+from v4.runner import Replayed, Runner
 from v4.sampling import Sampler
 from v4.settings import Scope, Settings
 from v4.tokenizer import Tokenizer
@@ -121,9 +121,15 @@ class LoadedModel:
         chunk: int = 2048,
         on_token: Callable[[int], None] | None = None,
         progress: Callable[[int], None] | None = None,
+        recorded: bool = False,
     ) -> GenerateResult:
         """Continue a prompt. `speculative`: draft tokens per step (True: 1), greedy only. `stop`: ids that end the text
-        (default: the end-of-sentence id). Further errors as `logits`."""
+        (default: the end-of-sentence id). `recorded`: decoding steps are recorded by the backend once and replayed; the same tokens.
+        Further errors as `logits`; with `recorded` also those of `replayed_of`, ValueError for speculation, and NotRecordable (a
+        ValueError with the places) when a step needs the host."""
+        if recorded and speculative:
+            raise ValueError("recorded steps are single tokens: turn speculation off or do not record")
+        runner = Runner(self.runner.model, replayed_of(self.backend)) if recorded else self.runner
         found = self._check_ids(ids)
         if len(found) + max_new_tokens > self.max_context:
             raise ValueError(
@@ -132,7 +138,7 @@ class LoadedModel:
             )
         sampler = Sampler(self.runner.model.end_ops, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         return generate(
-            self.runner,
+            runner,
             found,
             max_new_tokens=max_new_tokens,
             sampler=sampler,
@@ -146,6 +152,14 @@ class LoadedModel:
     def explain(self) -> str:
         """Table of ops, the implementation each one uses, and the reasons of those that were refused."""
         return self.binding.explain()
+
+
+def replayed_of(backend: str) -> Replayed:
+    """How a backend replays recorded steps. ValueError when it does not."""
+    found: Replayed | None = getattr(load_backend(backend), "replayed", None)
+    if found is None:
+        raise ValueError(f"backend {backend!r} does not record steps; leave recording off")
+    return found
 
 
 def _refuse_too_large(needed: int, available: int | None, what: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,20 @@ class Batch:
     def tokens(self) -> int:
         """T."""
         return self.ids.shape[0]
+
+
+def padded(batch: Batch) -> Batch:
+    """A step of several sequences with few shapes: as many entries as sequences where any is completed; those added are not stored (slot -1)."""
+    rows = batch.start_pos.shape[0]
+
+    def filled(made: Entries) -> Entries:
+        missing = rows - made.slots.shape[0]
+        if missing in (0, rows):
+            return made
+        more = made.cos.new_zeros(missing, made.cos.shape[1])
+        return Entries(torch.cat([made.slots, made.slots.new_full((missing,), -1)]), torch.cat([made.cos, more + 1]), torch.cat([made.sin, more]))
+
+    return replace(batch, entries={m: filled(made) for m, made in batch.entries.items()})
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:

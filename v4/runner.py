@@ -16,7 +16,7 @@ from torch import Tensor
 
 from v4 import batch as batches
 from v4 import rope
-from v4.cache import Cache, Sequence
+from v4.cache import HOST, Cache, Sequence
 from v4.model import Model
 
 
@@ -68,11 +68,12 @@ class Runner:
     @torch.inference_mode()
     def forward(self, cache: Cache, sequences: Seq[Sequence], ids: Seq[Seq[int] | Tensor]) -> Tensor:
         """Store `ids[b]` as the next tokens of `sequences[b]`; streams [T, n, D] of all new tokens, sequence after sequence."""
-        layout = batches.build(cache, self.tables, sequences, ids, self.device)
         if self.replayed is not None and all(len(new) == 1 for new in ids):
+            # made on the host, so that all of it goes to the device in one copy
+            layout = batches.padded(batches.build(cache, self.tables, sequences, ids, HOST))
             streams_TnD = self._step(cache, self.replayed)(batches.tensors(layout))
         else:
-            streams_TnD = self.model(layout, cache)
+            streams_TnD = self.model(batches.build(cache, self.tables, sequences, ids, self.device), cache)
         for sequence, new in zip(sequences, ids, strict=True):
             sequence.advance(len(new))
         return streams_TnD

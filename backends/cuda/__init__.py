@@ -4,10 +4,11 @@
 import torch
 
 import backends.cpu
+from backends.cuda.graphs import replayed
 from backends.cuda.probe import memory_available, probe, unavailable
 from ops.contract import CONTRACTS
 
-__all__ = ["DEVICE", "PLAIN", "backends", "memory_available", "probe", "unavailable"]
+__all__ = ["DEVICE", "PLAIN", "backends", "memory_available", "probe", "replayed", "unavailable"]
 
 DEVICE = torch.device("cuda")
 PLAIN = "plain torch"

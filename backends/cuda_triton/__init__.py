@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import torch
 
+from backends.cuda import replayed
 from backends.cuda.probe import memory_available, unavailable
 from backends.cuda.probe import probe as _device_probe
-from backends.cuda_triton import attention, cache, compress, experts, hyper, indexer, moe, norm
+from backends.cuda_triton import attention, cache, compress, experts, hyper, indexer, moe, norm, packed
 from backends.cuda_triton.launch import NEED
 from ops.probe import Probe
 
-__all__ = ["DEVICE", "attention", "cache", "compress", "experts", "hyper", "indexer", "memory_available", "moe", "norm", "probe", "unavailable"]
+__all__ = ["DEVICE", "attention", "cache", "compress", "experts", "hyper", "indexer", "memory_available", "moe", "norm", "packed", "probe"]
+__all__ += ["replayed", "unavailable"]
 
 DEVICE = torch.device("cuda")
 

@@ -68,17 +68,23 @@ def _rows_fit(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tens
     return lists and experts and all(t.is_contiguous() for t in (rows_AD, row_weight_A, counts_E, w13, w2))
 
 
-def _dense_fits(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> bool:
-    types = w13.dtype == w2.dtype == torch.bfloat16
-    return types and _rows_fit(rows_AD, row_weight_A, counts_E, w13, w2, limit) and (
-        w13.shape[2] == rows_AD.shape[1] and w2.shape[1:] == (rows_AD.shape[1], w13.shape[1] // 2)
-    )  # fmt: skip
+def weights_fit(width: int, w13: Tensor, w2: Tensor, limit: float) -> bool:
+    """Whether the kernels of dense weights take these weights for rows of `width` channels."""
+    if not w13.dtype == w2.dtype == torch.bfloat16 or w13.dim() != 3 or w2.dim() != 3 or not (math.isfinite(limit) and limit > 0):
+        return False
+    experts, twice, channels = w13.shape
+    shapes = channels == width and twice > 0 and twice % 2 == 0 and w2.shape == (experts, width, twice // 2)
+    return shapes and w13.is_contiguous() and w2.is_contiguous()
 
 
-@grouped_experts.implement("cuda_triton", dtypes=BF16, soc=SOC, needs=[NEED], when=_dense_fits, note="bf16 rows and weights")
-def _grouped_experts(
-    rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float
-) -> Tensor:
+def dense_fits(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> bool:
+    """Whether the kernels of dense weights take the call."""
+    return _rows_fit(rows_AD, row_weight_A, counts_E, w13, w2, limit) and weights_fit(rows_AD.shape[1], w13, w2, limit)
+
+
+@grouped_experts.implement("cuda_triton", dtypes=BF16, soc=SOC, needs=[NEED], when=dense_fits, note="bf16 rows and weights")
+def dense(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> Tensor:
+    """As the contract says."""
     return _run(rows_AD, row_weight_A, counts_E, w13, w13, w2, w2, limit, False, False)
 
 

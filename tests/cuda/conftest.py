@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import pytest
 import torch
 
 PRESENT = importlib.util.find_spec("triton") is not None
@@ -19,6 +20,19 @@ if PRESENT and not torch.cuda.is_available():
     from backends.cuda_triton import interpreter
 
     interpreter.repair()
+
+
+KNOWN = (
+    "ignore:Conversion of an array with ndim > 0 to a scalar is deprecated:DeprecationWarning:triton.runtime.interpreter",
+)
+"""Warnings of Triton's interpreter at every value that a kernel uses as an index, tens of thousands in a run; the numpy that refuses it is ruled
+out by constraints-cuda.txt."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is known is not shown; any other warning is."""
+    for line in KNOWN:
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_report_header() -> str:

@@ -1,20 +1,27 @@
-"""Decode steps as CUDA graphs: the same tokens as call by call, on a device."""
+"""Decode steps as CUDA graphs, on a device: bitwise what eager steps give, without a host synchronisation; refused where plain torch reads values."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from backends.cuda.graphs import replayed
-from tests import tiny
-from tests.test_replay import tokens
-from v4.api import load
-from v4.runner import Runner
+from tests.cuda import graph_checks
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; test_recorded_steps.py shows the rest without one")
 
 
-def test_graphs_give_the_tokens_of_single_calls() -> None:
-    # FP4 experts: those kept in bf16 read their expert numbers on the host
-    model = load(tiny.checkpoint("flash"), backend="cuda", numerics="stored", mtp=False).runner.model
-    assert tokens(Runner(model, replayed), 200) == tokens(Runner(model), 200)
+@pytest.mark.parametrize("lengths", [(121,), (254, 129, 7)])
+@pytest.mark.parametrize("settings", graph_checks.SETTINGS)
+def test_recorded_steps_are_eager_steps(settings: str, lengths: tuple[int, ...]) -> None:
+    model = graph_checks.load(**graph_checks.SETTINGS[settings])
+    assert graph_checks.steps_differ(model, lengths, 12) == []
+
+
+@pytest.mark.parametrize("settings", graph_checks.SETTINGS)
+def test_recorded_text_is_the_same(settings: str) -> None:
+    assert graph_checks.texts_differ(graph_checks.load(**graph_checks.SETTINGS[settings]), 200) == []
+
+
+def test_plain_torch_that_reads_values_is_refused_with_its_place() -> None:
+    message = graph_checks.refusal(graph_checks.load(ops={"moe_mlp": "cuda"}))
+    assert "backends/cpu/moe.py" in message and "_one_token" in message
