@@ -60,14 +60,16 @@ def experts_reference(
     return y_AD
 
 
-def _fp8_interval(h: Tensor, error: Tensor) -> tuple[Tensor, Tensor, float]:
-    """FP8 round trip of h per 128 channels, and how far that of any value within h +- error may lie from it."""
+def fp8_interval(
+    h: Tensor, error: Tensor, *, group: int = ACTIVATION_GROUP, floor: float = _AMAX_FLOOR
+) -> tuple[Tensor, Tensor, float]:
+    """FP8 round trip of h per `group` channels, and how far that of any value within h +- error may lie from it."""
     rows, width = h.shape
-    pad = -width % ACTIVATION_GROUP
-    h, error = (torch.nn.functional.pad(t, (0, pad)).reshape(rows, -1, ACTIVATION_GROUP) for t in (h, error))
+    pad = -width % group
+    h, error = (torch.nn.functional.pad(t, (0, pad)).reshape(rows, -1, group) for t in (h, error))
 
     def scale_of(amax: Tensor) -> Tensor:
-        mantissa, exponent = torch.frexp(amax.clamp_min(_AMAX_FLOOR) / _FP8_MAX)
+        mantissa, exponent = torch.frexp(amax.clamp_min(floor) / _FP8_MAX)
         return torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).to(exponent.dtype))
 
     def trip(value: Tensor, scale: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def _fp8_interval(h: Tensor, error: Tensor) -> tuple[Tensor, Tensor, float]:
 
 def experts_bound(
     rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Weight, w2: Weight, *, limit: float, quantize: bool,
-    trip: Trip = roundtrip_activation, interval: Interval = _fp8_interval,
+    trip: Trip = roundtrip_activation, interval: Interval = fp8_interval,
 ) -> Tensor:  # fmt: skip
     """Error bound [A, D] of grouped experts whose products accumulate in fp32.
 

@@ -16,7 +16,9 @@ from ops.contract import Contract, Cost, Sample, WrongInput, tensors_bytes
 from ops.quant_samples import roundtrip_samples, value_errors, value_samples, values
 
 FP8_MAX = 448.0
-MXFP8_FLOOR = 448.0 * 2.0**-126
+MXFP8_FLOOR = 448.0 * 2.0**-127
+"""The smallest scale that E8M0 holds, byte 0: that of a block of zeros."""
+
 _E8M0 = torch.tensor([*(2.0 ** (b - 127) for b in range(255)), float("nan")], dtype=torch.float64)
 
 
@@ -194,10 +196,11 @@ dequant_fp8_block = Contract(
 
 
 def _quant_mxfp8(x_TK: Tensor, *, compute: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """MXFP8: e4m3 codes with one E8M0 scale per 32 channels, the scale rule of quant_fp8 with floor 448 * 2^-126.
+    """MXFP8: e4m3 codes with one E8M0 scale per 32 channels, the scale rule of quant_fp8 with floor 448 * 2^-127.
 
-    x [T, K] float, K a multiple of 32. Returns float8_e4m3fn [T, K] and float8_e8m0fnu [T, K/32]; dequant_fp8(group=32) inverts.
-    Source: specification section 10.3 with groups of 32. ValueError for other widths.
+    x [T, K] float, K a multiple of 32. Returns float8_e4m3fn [T, K] and float8_e8m0fnu [T, K/32]; dequant_fp8(group=32) inverts. A block of
+    zeros has the scale byte 0. Source: specification section 10.3 with groups of 32; zero and subnormal blocks as the kernel of
+    aclnnDynamicMxQuant (ops-nn, quant/dynamic_mx_quant/op_kernel/arch35/dynamic_mx_quant_tail_axis_fp8.h, ComputeScaleCublas). ValueError for other widths.
     """
     return _quant_fp8(x_TK, group=32, floor=MXFP8_FLOOR)
 
@@ -221,6 +224,7 @@ quant_mxfp8 = Contract(
     samples=value_samples(),
     errors=value_errors("quant_mxfp8"),
     bound=lambda x_TK, *, golden, found: (None, None),
+    version=2,  # 1 had the floor 448 * 2^-126
     cost=lambda x_TK: Cost(0, 3 * x_TK.numel(), tensors_bytes(x_TK), x_TK.numel() * 33 // 32, "fp32"),
 )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ops import bounds
 from ops.contract import Contract, Cost, Sample, WrongInput, tensors_bytes
+from ops.norm import rms_norm
 
 
 def _rope(x: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, inverse: bool = False, compute: torch.dtype = torch.float32) -> Tensor:
@@ -169,4 +170,67 @@ q_norm_rope = Contract(
     ),
     compose=_compose,
     parts=("unit_rms_norm", "rope"),
+)
+
+
+def _norm_rope(
+    x: Tensor, weight: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float, compute: torch.dtype = torch.float32
+) -> Tensor:
+    """rms_norm with a weight, then the rotation of the last 2*R2 channels; fp32 inside (the row that every head shares as key and value).
+
+    x [T, C] any float type; weight [C] of that type or fp32; cos, sin fp32 [T, R2]. Returns a new [T, C] in x's type. An implementation may
+    round to x's type between norm and rotation. Source: specification sections 4 and 4.1. ValueError as for rope and rms_norm.
+    """
+    return _rope(rms_norm.reference(x, weight, eps=eps, compute=compute), cos_TR2, sin_TR2, compute=compute)
+
+
+def _norm_meta(x: Tensor, weight: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float) -> Tensor:
+    _check("norm_rope", x, cos_TR2, sin_TR2)
+    if x.dim() != 2:
+        raise ValueError(f"norm_rope: x has shape {tuple(x.shape)}, expected [T, C]")
+    return rms_norm.meta(x, weight, eps=eps)
+
+
+def _norm_samples(dtype: torch.dtype, seed: int) -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(seed)
+    for name, x, cos, sin, tags in _tensors(dtype, seed):
+        row = x if x.dim() == 2 else x[:, 0].contiguous()
+        weight = 1 + 0.3 * torch.randn(row.shape[1], generator=g)
+        yield Sample(name, (row, weight.to(dtype), cos, sin), {"eps": 1e-6}, tags)
+
+
+def _norm_errors(dtype: torch.dtype) -> Iterator[WrongInput]:
+    x, w, t = torch.zeros(3, 8, dtype=dtype), torch.ones(8, dtype=dtype), torch.zeros(3, 2)
+    yield WrongInput("heads", (x[:, None], w, t, t), {"eps": 1e-6}, r"expected \[T, C\]")
+    yield WrongInput("rows", (x, w, t[:1], t[:1]), {"eps": 1e-6}, r"cos has shape \(1, 2\), expected \(3, R2\)")
+    yield WrongInput("weight", (x, w[:4], t, t), {"eps": 1e-6}, r"weight has shape \(4,\), expected \(8,\)")
+
+
+def _norm_bound(
+    x: Tensor, weight: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float, golden: tuple[Tensor, ...], found: tuple[Tensor, ...]
+) -> tuple[Tensor]:
+    normed = rms_norm.reference(x, weight, eps=eps, compute=torch.float64)
+    error = normed.abs() * (bounds.SPREAD * 4 * bounds.roundoff(torch.float32) + bounds.roundoff(x.dtype))
+    return (rope_bound(normed, cos_TR2, sin_TR2, error),)
+
+
+def _norm_composed(ops: SimpleNamespace) -> Any:
+    def norm_rope(x: Tensor, weight: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float) -> Tensor:
+        return ops.rope(ops.rms_norm(x, weight, eps=eps), cos_TR2, sin_TR2)
+
+    return norm_rope
+
+
+norm_rope = Contract(
+    name="norm_rope",
+    reference=_norm_rope,
+    meta=_norm_meta,
+    samples=_norm_samples,
+    errors=_norm_errors,
+    bound=_norm_bound,
+    cost=lambda x, weight, cos_TR2, sin_TR2, *, eps: Cost(
+        0, 5 * x.numel() + 6 * cos_TR2.numel(), tensors_bytes(x, weight, cos_TR2, sin_TR2), tensors_bytes(x), "fp32"
+    ),
+    compose=_norm_composed,
+    parts=("rms_norm", "rope"),
 )

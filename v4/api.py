@@ -204,6 +204,9 @@ def load(
     binding = bind(chain, dtype=dtype, overrides=ops, checked=checked)
     module = load_backend(backend)
     settings = replace(plan_settings(config, checkpoint, binding.ops, dtype, numerics, cache_format), scope=scope)
+    if numerics == "stored" and hasattr(module, "kinds"):
+        linears, experts = module.kinds(settings.linears, settings.experts)
+        settings = replace(settings, linears=linears, experts=experts)
     if hasattr(module, "refusal") and (why := module.refusal(settings.linears, settings.experts)) is not None:
         raise ValueError(f"{path}: {why}")
     model = Model(settings, mtp=mtp and checkpoint.has_mtp)

@@ -57,7 +57,7 @@ class Attention(nn.Module):
         x = self.wq_a.prepare(x_TD)
         qr = self.wq_b.prepare(self.q_norm(self.wq_a(x)))
         q_THC = ops.q_norm_rope(self.wq_b(qr).view(-1, self.heads, self.width), cos, sin, eps=eps)
-        self._insert(ops.rope(self.kv_norm(self.wkv(x)), cos, sin), cache.window, batch.window_slots)
+        self._insert(ops.norm_rope(self.wkv(x), self.kv_norm.weight, cos, sin, eps=eps), cache.window, batch.window_slots)
         table = index_Tk = None
         if self.compressor is not None:
             assert cache.state is not None

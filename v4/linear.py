@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Quantised(NamedTuple):
-    """Codes [T, K] of activations with their scales (E8M0 [T, K/128] of FP8, fp32 [T] of INT8) and the type results return to."""
+    """Codes [T, K] of activations with their scales (E8M0 [T, K/128] of FP8 and [T, K/32] of MXFP8, fp32 [T] of INT8) and the type results return to."""
 
     values: Tensor
     scales: Tensor
@@ -34,15 +34,15 @@ class Linear(nn.Module):
     """y = x @ weight.T without bias.
 
     kind "dense": weight [N, K] in `dtype`. "fp8": weight float8_e4m3fn [N, K] with scale float8_e8m0fnu [N/128, K/128]; activations are
-    quantised per token and 128 channels first (specification section 2.2). "int8": weight int8 [N, K] with scale fp32 [N];
-    activations are quantised per token.
+    quantised per token and 128 channels first (specification section 2.2). "mx": the same weight, activations per token and 32 channels.
+    "int8": weight int8 [N, K] with scale fp32 [N]; activations are quantised per token.
     """
 
     def __init__(self, ops: SimpleNamespace, n_out: int, n_in: int, *, dtype: torch.dtype, kind: str = "dense") -> None:
         super().__init__()
         self.ops, self.kind = ops, kind
-        self.weight = parameter((n_out, n_in), {"fp8": torch.float8_e4m3fn, "int8": torch.int8}.get(kind, dtype))
-        if kind == "fp8":
+        self.weight = parameter((n_out, n_in), {"fp8": torch.float8_e4m3fn, "mx": torch.float8_e4m3fn, "int8": torch.int8}.get(kind, dtype))
+        if kind in ("fp8", "mx"):
             self.scale = parameter((blocks(n_out), blocks(n_in)), torch.float8_e8m0fnu)
         elif kind == "int8":
             self.scale = parameter((n_out,), torch.float32)
@@ -51,7 +51,8 @@ class Linear(nn.Module):
         """Quantise activations once for several layers of one kind; dense layers take them as they are."""
         if self.kind == "dense":
             return x_TK
-        values, scales = self.ops.quant_fp8(x_TK) if self.kind == "fp8" else self.ops.quant_int8(x_TK)
+        quantise = {"fp8": self.ops.quant_fp8, "mx": self.ops.quant_mxfp8, "int8": self.ops.quant_int8}[self.kind]
+        values, scales = quantise(x_TK)
         return Quantised(values, scales, x_TK.dtype)
 
     def forward(self, x_TK: Tensor | Quantised) -> Tensor:
@@ -60,5 +61,5 @@ class Linear(nn.Module):
             return self.ops.linear(x_TK, self.weight)
         x = x_TK if isinstance(x_TK, Quantised) else self.prepare(x_TK)
         assert isinstance(x, Quantised)
-        run = self.ops.linear_fp8 if self.kind == "fp8" else self.ops.linear_int8
+        run = {"fp8": self.ops.linear_fp8, "mx": self.ops.linear_mx, "int8": self.ops.linear_int8}[self.kind]
         return run(x.values, self.weight, self.scale, x_scale=x.scales, out_dtype=x.dtype)

@@ -43,7 +43,7 @@ class Experts(nn.Module):
         self.topk = c.num_experts_per_tok
         if self.kind == "dense":
             self.w13, self.w2 = parameter((n, 2 * i, d), s.dtype), parameter((n, d, i), s.dtype)
-        elif self.kind == "fp4":
+        elif self.kind in ("fp4", "mx"):
             self.w13, self.w2 = parameter((n, 2 * i, d // 2), torch.uint8), parameter((n, d, i // 2), torch.uint8)
             self.s13 = parameter((n, 2 * i, d // 32), torch.float8_e8m0fnu)
             self.s2 = parameter((n, d, i // 32), torch.float8_e8m0fnu)
@@ -84,10 +84,11 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed plus shared experts."""
+    """Routed plus shared experts; one op for all of them where both are stored alike."""
 
     def __init__(self, s: Settings, hashed: bool) -> None:
         super().__init__()
+        self.whole = {"int8": s.ops.moe_int8, "mx": s.ops.moe_mx}.get(s.experts) if s.experts == s.linears else None
         self.gate = Gate(s, hashed)
         self.experts = Experts(s)
         self.shared_experts = SharedExpert(s)
@@ -95,5 +96,11 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
         """[T, D] and token ids [T] -> [T, D]; routed sum in fp32, one rounding after the shared expert is added."""
         weights_TK, ids_TK = self.gate(x_TD, ids_T)
-        routed_TD = self.experts(x_TD, ids_TK, weights_TK)
-        return (routed_TD + self.shared_experts(x_TD)).to(x_TD.dtype)
+        e, shared = self.experts, self.shared_experts
+        if self.whole is not None:
+            a, b = shared.w13, shared.w2
+            weights = (e.w13, e.s13, e.w2, e.s2, a.weight, a.scale, b.weight, b.scale)
+            y_TD: Tensor = self.whole(x_TD, ids_TK, weights_TK, *weights, limit=e.limit)
+            return y_TD
+        routed_TD = e(x_TD, ids_TK, weights_TK)
+        return (routed_TD + shared(x_TD)).to(x_TD.dtype)

@@ -18,8 +18,8 @@ Scope = Callable[[str, SimpleNamespace], SimpleNamespace]
 class Settings:
     """What every module of the graph receives.
 
-    linears, experts: how weights are kept: "dense", "fp8" (128 x 128 blocks), "fp4" (experts only) or "int8" (per channel); activations are
-    quantised to match before each such product.
+    linears, experts: how weights are kept: "dense", "fp8" (128 x 128 blocks), "fp4" (experts only), "int8" (per channel) or "mx" (as "fp8", experts as
+    "fp4", both with MXFP8 activations); activations are quantised to match before each such product.
     simulate: cache rows and index keys take the official FP8/FP4 round trips.
     scope: (place, ops) -> ops used there; how a recorder or a planted fault sees the calls of one layer only. None: ops everywhere.
     """
@@ -38,7 +38,9 @@ class Settings:
         return self if self.scope is None else replace(self, ops=self.scope(place, self.ops))
 
     def __post_init__(self) -> None:
-        if self.experts not in ("dense", "fp4", "fp8", "int8"):
-            raise ValueError(f"experts={self.experts!r}: expected 'dense', 'fp4', 'fp8' or 'int8'")
-        if self.linears not in ("dense", "fp8", "int8"):
-            raise ValueError(f"linears={self.linears!r}: expected 'dense', 'fp8' or 'int8'")
+        if self.experts not in ("dense", "fp4", "fp8", "int8", "mx"):
+            raise ValueError(f"experts={self.experts!r}: expected 'dense', 'fp4', 'fp8', 'int8' or 'mx'")
+        if self.linears not in ("dense", "fp8", "int8", "mx"):
+            raise ValueError(f"linears={self.linears!r}: expected 'dense', 'fp8', 'int8' or 'mx'")
+        if self.experts == "mx" and self.linears != "mx":
+            raise ValueError(f"experts='mx' with linears={self.linears!r}: the routed and the shared experts of this form share one op")

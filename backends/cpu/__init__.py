@@ -1,6 +1,6 @@
 """Every contract in chunked torch on the CPU: correct on any machine, with memory bounded for million-token caches."""
 
-from backends.cpu import attention, cache, comm, compress, hyper, indexer, linear, moe, norm, quant, rope, sample
+from backends.cpu import attention, cache, comm, compress, hyper, indexer, linear, moe, moe_layer, norm, quant, rope, sample
 from backends.cpu.probe import DEVICE, memory_available, probe
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "linear",
     "memory_available",
     "moe",
+    "moe_layer",
     "norm",
     "probe",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backends.cpu.quant import fp4_values, fp8_values, scale_blocks_, scale_groups_
 from ops.linear import grouped_linear, linear, linear_fp4, linear_fp8, linear_int8, out_type
+from ops.linear_mx import linear_mx
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _onednn = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
@@ -61,10 +62,10 @@ def _linear(x: Tensor, weight_NK: Tensor, *, out_dtype: torch.dtype | None = Non
     return y if out == x.dtype else y.to(out)
 
 
-def _activations(x: Tensor, x_scale: Tensor | None, out: torch.dtype) -> Tensor:
+def _activations(x: Tensor, x_scale: Tensor | None, out: torch.dtype, group: int = 128) -> Tensor:
     """Activations in the type of the product: bf16 where that is exact for both operands and the result is bf16, else fp32."""
     narrow = torch.bfloat16 if _BF16 and out == torch.bfloat16 and (x_scale is not None or x.dtype == out) else torch.float32
-    return x.to(narrow) if x_scale is None else scale_groups_(fp8_values(x, narrow), x_scale, 128)
+    return x.to(narrow) if x_scale is None else scale_groups_(fp8_values(x, narrow), x_scale, group)
 
 
 @linear_fp8.implement("cpu")
@@ -78,6 +79,16 @@ def _linear_fp8(
         return scale_blocks_(fp8_values(weight_NK[i:j], a_TK.dtype), scale[i // 128 : -(-j // 128)])
 
     return _row_blocks(a_TK, weight_NK.shape[0], out, a_TK.dtype.itemsize, decode)
+
+
+@linear_mx.implement("cpu")
+def _linear_mx(x: Tensor, weight_NK: Tensor, scale: Tensor, *, x_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    a_TK = _activations(x, x_scale, out_dtype, 32)
+
+    def decode(i: int, j: int) -> Tensor:
+        return scale_blocks_(fp8_values(weight_NK[i:j], a_TK.dtype), scale[i // 128 : -(-j // 128)])
+
+    return _row_blocks(a_TK, weight_NK.shape[0], out_dtype, a_TK.dtype.itemsize, decode)
 
 
 @linear_fp4.implement("cpu")

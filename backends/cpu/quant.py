@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backends.cpu.norm import PIECE, piece_rows
 from ops import quant as contracts
-from ops.quant import FP8_MAX, MXFP8_FLOOR, e8m0_values
+from ops.quant import FP8_MAX, e8m0_values
 from ops.quant_fp4 import FP4_FLOOR
 from ops.quant_fp4 import fp4_values as fp4_table
 
@@ -113,16 +113,19 @@ def _quant_groups(x_TK: Tensor, group: int, floor: float) -> tuple[Tensor, Tenso
     return q, scale.view(torch.float8_e8m0fnu)
 
 
+_NORMAL_FLOOR = FP8_MAX * 2.0**-126
+
+
 @contracts.quant_fp8.implement("cpu")
 def _quant_fp8(x_TK: Tensor, *, group: int = 128, floor: float = 1e-4) -> tuple[Tensor, Tensor]:
-    if floor < MXFP8_FLOOR:  # scales below the range of E8M0, which bit patterns of normal numbers do not reach
+    if floor < _NORMAL_FLOOR:  # scales below the range of E8M0, which bit patterns of normal numbers do not reach
         return contracts.quant_fp8.reference(x_TK, group=group, floor=floor)
     return _quant_groups(x_TK, group, floor)
 
 
 @contracts.quant_mxfp8.implement("cpu")
 def _quant_mxfp8(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    return _quant_groups(x_TK, 32, MXFP8_FLOOR)
+    return contracts.quant_mxfp8.reference(x_TK)
 
 
 @contracts.quant_mxfp4.implement("cpu")

@@ -32,6 +32,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "linear_fp8": ("x", "x_scale"),
     "linear_fp4": ("x", "x_scale"),
     "linear_int8": ("x", "x_scale"),
+    "linear_mx": ("x", "x_scale"),
     "grouped_linear": ("x_TGK",),
     "hc_pre": ("streams_TnD",),
     "hc_post": ("y_TD", "streams_TnD", "post_Tn", "comb_Tnn"),
@@ -40,6 +41,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "gate_hash": ("x_TD", "token_ids_T"),
     "clamped_swiglu": ("gate_up_T2I", "row_weight"),
     "moe_mlp": ("x_TD", "ids_TK", "weights_TK"),
+    "moe_mx": ("x_TD", "ids_TK", "weights_TK"),
     "sample": ("logits_BV", "temperature_B", "top_k_B", "top_p_B", "uniform_B"),
 }
 # op: the weights that hold a matrix per expert

@@ -21,6 +21,7 @@ FAMILIES = (
     "linear",
     "linear_stored",
     "moe",
+    "moe_layer",
     "norm",
     "quant",
     "quant_codes",
