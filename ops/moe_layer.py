@@ -161,12 +161,13 @@ def pack_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 _CASES: dict[str, tuple[int, int, int, int, int, float, float]] = {  # T, E, K, D, I, spread of gate and up, limit
     "zero": (0, 4, 2, 32, 32, 2.0, 10.0),
-    "one": (1, 4, 2, 32, 64, 2.0, 10.0),
+    "one": (1, 4, 2, 128, 128, 2.0, 10.0),
     "odd": (5, 5, 3, 160, 96, 2.0, 10.0),
     "all-on-one": (4, 1, 1, 64, 32, 2.0, 10.0),
-    "clamp": (3, 4, 2, 128, 160, 9.0, 10.0),
-    "narrow-limit": (4, 3, 2, 64, 64, 1.0, 0.6),
-    "many": (33, 8, 4, 256, 64, 2.0, 10.0),
+    "clamp": (3, 4, 2, 128, 128, 9.0, 10.0),
+    "narrow-limit": (4, 3, 2, 128, 128, 1.0, 0.6),
+    "wide-inner": (2, 2, 1, 64, 1056, 2.0, 10.0),
+    "many": (33, 8, 4, 256, 128, 2.0, 10.0),
     "flash": (2, 8, 6, 4096, 256, 3.0, 10.0),
 }
 

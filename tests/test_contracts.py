@@ -24,7 +24,7 @@ EXPECTED = {
     "linear_fp4", "linear_int8", "grouped_linear", "hc_pre", "hc_post", "hc_head", "cache_insert", "cache_insert_fp8", "index_insert_fp8",
     "index_insert_fp4", "compress", "index_topk", "sparse_attention", "gate_topk", "gate_hash", "clamped_swiglu", "moe_dispatch",
     "grouped_experts", "grouped_experts_fp4", "grouped_experts_fp8", "moe_combine", "moe_mlp", "all_reduce", "all_gather", "all_to_all",
-    "argmax", "sample", "grouped_experts_int8", "linear_mx", "moe_int8", "moe_mx", "norm_rope",
+    "argmax", "sample", "grouped_experts_int8", "linear_mx", "moe_int8", "moe_mx", "norm_rope", "rms_norm_quant",
 }  # fmt: skip
 
 

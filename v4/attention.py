@@ -55,7 +55,7 @@ class Attention(nn.Module):
         ops, eps = self.ops, self.config.rms_norm_eps
         cos, sin = batch.rope[bool(self.ratio)]
         x = self.wq_a.prepare(x_TD)
-        qr = self.wq_b.prepare(self.q_norm(self.wq_a(x)))
+        qr = self.wq_b.normed(self.wq_a(x), self.q_norm)
         q_THC = ops.q_norm_rope(self.wq_b(qr).view(-1, self.heads, self.width), cos, sin, eps=eps)
         self._insert(ops.norm_rope(self.wkv(x), self.kv_norm.weight, cos, sin, eps=eps), cache.window, batch.window_slots)
         table = index_Tk = None

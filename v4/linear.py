@@ -6,10 +6,13 @@ T tokens, N outputs, K inputs.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from v4.norm import Norm
 
 
 class Quantised(NamedTuple):
@@ -53,6 +56,13 @@ class Linear(nn.Module):
             return x_TK
         quantise = {"fp8": self.ops.quant_fp8, "mx": self.ops.quant_mxfp8, "int8": self.ops.quant_int8}[self.kind]
         values, scales = quantise(x_TK)
+        return Quantised(values, scales, x_TK.dtype)
+
+    def normed(self, x_TK: Tensor, norm: Norm) -> Tensor | Quantised:
+        """`prepare` of norm(x_TK): in one op for the kinds that have one."""
+        if self.kind not in ("int8", "mx"):
+            return self.prepare(norm(x_TK))
+        values, scales = self.ops.rms_norm_quant(x_TK, norm.weight, eps=norm.eps, kind=self.kind)
         return Quantised(values, scales, x_TK.dtype)
 
     def forward(self, x_TK: Tensor | Quantised) -> Tensor:

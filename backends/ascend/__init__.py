@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 import backends.cpu
-from backends.ascend import attention, cache, compress, gate, hyper, indexer, int8, linear, moe, mx, norm, rope
+from backends.ascend import attention, cache, compress, gate, hyper, indexer, int8, linear, moe, moe_layer, mx, norm, rope
 from backends.ascend.chips import SOCS
 from backends.ascend.failures import explain_failure
 from backends.ascend.limits import enforced
 from backends.ascend.plain import register
 from backends.ascend.prepare import prepare
 from backends.ascend.probe import device_type, memory_available, probe, unavailable
-from backends.ascend.storage import refusal
+from backends.ascend.storage import kinds, refusal
 from ops.probe import Probe
 
 __all__ = ["DEVICE", "SOCS", "attention", "backends", "cache", "checks", "compress", "explain_failure", "gate", "hyper", "indexer"]
-__all__ += ["int8", "linear", "memory_available", "moe", "mx", "norm", "prepare", "probe", "refusal", "rope", "unavailable"]
+__all__ += ["int8", "kinds", "linear", "memory_available", "moe", "moe_layer", "mx", "norm", "prepare", "probe", "refusal", "rope", "unavailable"]
 
 if TYPE_CHECKING:
     DEVICE: torch.device

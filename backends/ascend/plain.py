@@ -28,7 +28,6 @@ REASONS = {
     "linear_fp4": "the graph does not call it",
     "quant_fp8": "npu_dynamic_block_quant gives scales that are no powers of two",
     "quant_mxfp4": "what npu_dynamic_mx_quant makes of zero and tiny blocks is not documented, and every bit is defined",
-    "quant_mxfp8": "what npu_dynamic_mx_quant makes of zero and tiny blocks is not documented, and every bit is defined",
     "roundtrip_fp4": "no op on A2 and A3; quantise and dequantise otherwise",
     "roundtrip_fp8": "no op on A2 and A3; quantise and dequantise otherwise",
     "sample": "torch's own ops",

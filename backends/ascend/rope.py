@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backends.ascend.hoist import ByIdentity
 from backends.ascend.norm import RMS_NORM, ones
-from ops.rope import q_norm_rope, rope
+from ops.rope import norm_rope, q_norm_rope, rope
 
 ROTARY = {"custom": "custom::inplace_partial_rotary_mul", "cann_ops_transformer": "cann_ops_transformer::inplace_partial_rotary_mul"}
 """Namespace -> the op, whose arguments go by the same names in both."""
@@ -71,7 +71,20 @@ def _q_norm_rope_of(namespace: str) -> Callable[..., Tensor]:
     return run
 
 
+def _norm_rope_of(namespace: str) -> Callable[..., Tensor]:
+    def run(x: Tensor, weight: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float) -> Tensor:
+        normed: Tensor = torch.ops.npu.npu_rms_norm(input=x, gamma=weight, epsilon=eps)[0]
+        return _rotate_(namespace, normed, cos_TR2, sin_TR2, False)
+
+    return run
+
+
+def _norm_fits(x: Tensor, weight: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, eps: float) -> bool:
+    return _fits(x, cos_TR2) and x.is_contiguous() and weight.dtype == x.dtype
+
+
 for _namespace, _op in ROTARY.items():
+    norm_rope.implement("ascend", name=f"npu_rms_norm, {_op}", dtypes=_DTYPES, needs=(RMS_NORM, _op), when=_norm_fits)(_norm_rope_of(_namespace))
     rope.implement(
         "ascend",
         name=_op,

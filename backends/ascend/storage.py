@@ -18,3 +18,8 @@ def refusal(linears: str, experts: str) -> str | None:
         f"this checkpoint keeps its weights in {' and '.join(p.upper() for p in packed)}, and SoC {soc} has no arithmetic for them: convert it "
         f"(v4 checkpoint convert DIR --target {target} --out OUT), or dequantise while loading (--numerics exact)"
     )
+
+
+def kinds(linears: str, experts: str) -> tuple[str, str]:
+    """How this chip multiplies what is stored: on 950 the hub's FP8 and FP4 weights with MXFP8 activations, everything else as it is."""
+    return ("mx", "mx") if probe().soc == "950" and (linears, experts) == ("fp8", "fp4") else (linears, experts)

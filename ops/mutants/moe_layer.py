@@ -105,3 +105,30 @@ def _rounded_between(call: Any, x: Tensor, weight: Tensor, cos_TR2: Tensor, sin_
     a, b = y[:, plain::2].clone(), y[:, plain + 1 :: 2].clone()
     y[:, plain::2], y[:, plain + 1 :: 2] = a * c - b * s, a * s + b * c
     return y.to(x.dtype)
+
+
+def _after(change: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]) -> Any:
+    """rms_norm_quant with its codes and scales changed."""
+
+    def body(call: Any, x_TK: Tensor, weight_K: Tensor, *, eps: float, kind: str) -> tuple[Tensor, Tensor]:
+        codes, scale = call(x_TK, weight_K, eps=eps, kind=kind)
+        changed, other = change(codes, scale, kind)
+        return changed.to(codes.dtype).contiguous(), other.contiguous()
+
+    return body
+
+
+def _one_down(codes: Tensor) -> Tensor:
+    return codes - codes.sign() if codes.dtype == torch.int8 else (codes.view(torch.uint8) - 1).view(codes.dtype)
+
+
+_NQ = "rms_norm_quant"
+mutant(_NQ, "weight_left_out", "the weight is taken as ones")(_changed(_NQ, weight_K=lambda a: torch.ones_like(a["weight_K"])))
+mutant(_NQ, "epsilon_of_another_model", "epsilon is 1e-2")(_changed(_NQ, eps=lambda a: 1e-2))
+mutant(_NQ, "codes_one_down", "codes are one step nearer to zero")(_after(lambda c, s, k: (torch.where(c.float() != 0, _one_down(c).float(), c.float()), s)))
+mutant(_NQ, "scale_of_next_row", "rows take the scale of the next one")(
+    _after(lambda c, s, k: (c, s.roll(1, 0) if k == "int8" else s.view(torch.uint8).roll(1, 0).view(_E8M0)))
+)
+mutant(_NQ, "scale_doubled", "scales are twice as large")(
+    _after(lambda c, s, k: (c, s * 2 if k == "int8" else (s.view(torch.uint8) + 1).view(_E8M0)))
+)

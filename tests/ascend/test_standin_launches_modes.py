@@ -23,7 +23,7 @@ from v4.settings import Settings
 pytestmark = [pytest.mark.standin, pytest.mark.wheel, pytest.mark.device, pytest.mark.slow]
 
 STORED, STEPS = 2173, 3
-STORAGE = {"a3": ("int8", "int8"), "950": ("fp8", "fp4")}
+STORAGE = {"a3": ("int8", "int8"), "950": ("mx", "mx")}
 """Linears and experts of the mode that the published recipe runs on a chip."""
 
 

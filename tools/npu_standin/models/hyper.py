@@ -114,7 +114,7 @@ def npu_mhc_post(x: Tensor, h_res: Tensor | None, h_out: Tensor, h_post: Tensor)
     return _mixed(h_out, x, h_post, mix)
 
 
-@model("npu::npu_mhc_pre")
+@model("npu::npu_mhc_pre", socs=("950",))
 def npu_mhc_pre(
     x: Tensor,
     phi: Tensor,
@@ -147,7 +147,8 @@ def npu_mhc_pre(
     )
     require(gamma is None, op, "gamma", "None (not modelled)")
     flat = x.float().flatten(-2)
-    mixes = (flat @ hf32(phi).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    require(inner_precise in (0, 1), op, f"inner_precise {inner_precise}", "0 (fp32) or 1 (HF32)")
+    mixes = (flat @ (hf32(phi) if inner_precise else phi).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
     pre = torch.sigmoid(mixes[..., :n] * alpha[0] + bias[:n]) + hc_eps
     post = 2 * torch.sigmoid(mixes[..., n : 2 * n] * alpha[1] + bias[n : 2 * n])
     logits = (mixes[..., 2 * n :] * alpha[2] + bias[2 * n :]).unflatten(-1, (n, n))

@@ -11,6 +11,7 @@ from tools.npu_standin.models.codes import FP4_E2M1
 from tools.npu_standin.models.rounding import int8_per_row
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 CUMULATED, COUNTS, PAIRS = 0, 1, 2
 GATHER, SCATTER = 0, 1
 PLAIN, INT8_DYNAMIC, MX_E5M2, MX_E4M3, MX_FP4 = -1, 1, 2, 3, 9
@@ -21,7 +22,13 @@ def _quantised(
     op: str, x: Tensor, quant_mode: int, source: Tensor, experts: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The expanded rows and their scales (None: undefined)."""
-    rows = x[source]
+    rows = x.view(torch.uint8)[source].view(x.dtype) if x.dtype in FP8 else x[source]
+    if quant_mode == PLAIN and x.dtype in FP8:
+        if scale is None:
+            return rows.clone(), None
+        require_dtype(op, "scale", scale, torch.float8_e8m0fnu)
+        require_shape(op, "scale", scale, x.shape[0], -(-x.shape[1] // 64), 2)
+        return rows, scale.view(torch.uint8)[source].view(torch.float8_e8m0fnu)
     if quant_mode == PLAIN:
         require(scale is None or scale.dim() == 1, op, "scale of another shape", f"scale [{x.shape[0]}] without quantisation")
         return rows, None if scale is None else scale.float()[source]
@@ -62,11 +69,13 @@ def npu_moe_init_routing_v2(
     """Rows of x [T, H] sorted by expert, stable by t*k+j, [T*k, H]; row index int32 [T*k]; tokens per expert int64; scales fp32 [T*k].
 
     row_idx_type 0: idx[t*k+j] = row, -1 outside active_expert_range; 1: idx[row] = t*k+j, undefined behind the active rows.
-    Rows of x and scales behind the active ones are undefined, as are the counts without their flag and scales that nothing computes.
+    Rows of x and scales behind the active ones are undefined, as are the counts without their flag and scales that nothing computes. Codes without
+    quantisation take their scales along: fp32 [T] of int8, e8m0 [T, H/64, 2] of fp8 (950; aclnnMoeInitRoutingV3.md of ops-transformer).
     """
     op = "npu_moe_init_routing_v2"
     require_shape(op, "x", x, None, None)
-    require_dtype(op, "x", x, *FLOATS, *((torch.int8,) if quant_mode == PLAIN else ()))
+    codes = (torch.int8, *(() if soc() in OLDER else FP8)) if quant_mode == PLAIN else ()
+    require_dtype(op, "x", x, *FLOATS, *codes)
     require_dtype(op, "expert_idx", expert_idx, torch.int32)
     require_shape(op, "expert_idx", expert_idx, x.shape[0], None)
     require(offset is None and drop_pad_mode == 0, op, "offset or drop_pad_mode", "offset None, drop_pad_mode 0")
@@ -130,7 +139,8 @@ def npu_moe_finalize_routing(
 ) -> Tensor:
     """[T, H] = skip1 + skip2 + sum over k of scales * (row + bias of its expert), in the type of the rows.
 
-    drop_pad_mode 0 reads row indices column-major (j*T + t), 2 row-major (t*k + j). scales [T, k] have the type of the rows.
+    drop_pad_mode 0 reads row indices column-major (j*T + t), 2 row-major (t*k + j). scales [T, k] have the type of the rows, or fp32 beside bf16
+    rows; sums in fp32, rounded once (aclnnMoeFinalizeRoutingV2.md and moe_finalize_routing_v2_bf16.h of ops-transformer).
     """
     op = "npu_moe_finalize_routing"
     rows, index = expanded_permuted_rows, expanded_src_to_dst_row
@@ -141,7 +151,8 @@ def npu_moe_finalize_routing(
     require(drop_pad_mode in (0, 2), op, f"drop_pad_mode {drop_pad_mode}", "0 or 2 (padded modes 1 and 3 are not modelled)")
     require(skip2 is None or skip1 is not None, op, "skip2 without skip1", "skip2 only with skip1")
     if scales is not None:
-        require_dtype(op, "scales", scales, rows.dtype)
+        mixed = rows.dtype == torch.bfloat16 or soc() not in OLDER
+        require_dtype(op, "scales", scales, rows.dtype, *((torch.float32,) if mixed else ()))
         require(scales.dim() == 2, op, f"scales {list(scales.shape)}", "scales [T, k]")
     per_token = scales.shape[1] if scales is not None else int(k or 1)
     require(index.numel() % per_token == 0, op, f"{index.numel()} row indices", f"a multiple of k = {per_token}")

@@ -14,27 +14,33 @@ from tools.npu_standin.models.codes import type_of
 from tools.npu_standin.models.rounding import int8_per_row
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-PLAIN, CLAMPED = 0, 1
+PLAIN, CLAMPED, CLAMPED_HALVES = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Activation:
-    """How a row of 2H becomes H: which half is the gate, whether values are clamped, and the constants of the clamped form."""
+    """How a row of 2H becomes H: which half is the gate, whether values are clamped, and the constants of the clamped form.
+
+    `alternating`: in mode 1 gate and up are the even and the odd channels, and mode 2 is the clamped form of halves (aclnnDequantSwigluQuantV2 and
+    aclnnSwigluMxQuant of ops-nn); else mode 1 takes halves (cann-recipes' own copy).
+    """
 
     left: bool
     mode: int
     limit: float
     alpha: float
     bias: float
+    alternating: bool = False
 
     def __call__(self, op: str, wide: Tensor) -> Tensor:
         """fp32 [..., H]. Plain: silu(gate) * up. Clamped: gate from above, up on both sides; gate * sigmoid(alpha * gate) * (up + bias)."""
         require(wide.shape[-1] % 2 == 0, op, f"rows of {wide.shape[-1]}", "an even last dimension")
-        first, second = wide.chunk(2, -1)
+        first, second = (wide[..., 0::2], wide[..., 1::2]) if self.alternating and self.mode == CLAMPED else wide.chunk(2, -1)
         gate, up = (first, second) if self.left else (second, first)
         if self.mode == PLAIN:
             return torch.nn.functional.silu(gate) * up
-        require(self.mode == CLAMPED, op, f"swiglu_mode {self.mode}", "0 or 1")
+        modes = (CLAMPED, CLAMPED_HALVES) if self.alternating else (CLAMPED,)
+        require(self.mode in modes, op, f"swiglu_mode {self.mode}", f"0 or {modes}")
         require(math.isfinite(self.limit) and self.limit > 0, op, f"clamp_limit {self.limit}", "a finite limit above 0")
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return gate * torch.sigmoid(self.alpha * gate) * (up + self.bias)
@@ -150,7 +156,7 @@ def npu_dequant_swiglu_quant(
     first_version = soc() == "950" and dst_type is None and round_mode is None and activate_dim is None
     require(activate_dim in (None, -1, x.dim() - 1), "npu_dequant_swiglu_quant", f"activate_dim {activate_dim}", "-1")
     require(round_mode in (None, 0), "npu_dequant_swiglu_quant", f"round_mode {round_mode}", "0 (to nearest)")
-    act = Activation(activate_left, PLAIN if first_version else swiglu_mode, clamp_limit, glu_alpha, glu_bias)
+    act = Activation(activate_left, PLAIN if first_version else swiglu_mode, clamp_limit, glu_alpha, glu_bias, alternating=True)
     return _dequant_swiglu_quant(
         "npu_dequant_swiglu_quant",
         x,
@@ -186,7 +192,7 @@ def npu_dequant_swiglu_clamp_quant(
     glu_alpha: float = 1.702,
     glu_bias: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The same arguments in another package, A2 and A3 only."""
+    """The same arguments in another package, A2 and A3 only. Mode 1 takes halves here."""
     act = Activation(activate_left, swiglu_mode, clamp_limit, glu_alpha, glu_bias)
     return _dequant_swiglu_quant(
         "npu_dequant_swiglu_clamp_quant",
@@ -262,7 +268,7 @@ def npu_swiglu_mx_quant(
     require(group_mode == 0 and max_dtype_value == 0, op, f"group_mode {group_mode}, max_dtype_value {max_dtype_value}", "0")
     require(round_mode == "rint", op, f"round_mode {round_mode!r}", "'rint'")
     require(scale_alg in (0, 1), op, f"scale_alg {scale_alg}", "0 (OCP) or 1 (round up)")
-    y = Activation(activate_left, swiglu_mode, clamp_limit, glu_alpha, glu_bias)(op, x.float())
+    y = Activation(activate_left, swiglu_mode, clamp_limit, glu_alpha, glu_bias, alternating=True)(op, x.float())
     codes, scales = mx_quantised(y, type_of(dst_type), round_up=scale_alg == 1)
     if group_index is not None:
         require_shape(op, "x", x, None, None)
