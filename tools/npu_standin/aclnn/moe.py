@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from tools.npu_standin.aclnn import ACL_CODES, model, put
+from tools.npu_standin.aclnn import ACL_CODES, code, model, put
 from tools.npu_standin.host import bridge
 
 QUANT_MODES = {"static": 0, "dynamic": 1}
 ROUND_MODES = {"rint": 0}
+E8M0 = 293
 _GATE = "k:i k_group:i group_count:i group_select_mode:i renorm:i norm_type:i out_flag:b factor:d eps:d weights:t ids:t scores:t"
 
 
@@ -40,10 +42,12 @@ def gating_top_k_hash(**arguments: object) -> None:
     " expert_tokens_num_flag:b quant_mode:i active_expert_range:I row_idx_type:i rows:t row_idx:t tokens:t row_scale:t",
 )
 def init_routing(
-    x: Tensor, expert_idx: Tensor, rows: Tensor, row_idx: Tensor, tokens: Tensor, row_scale: Tensor, **rest: object
-) -> None:
-    """npu_moe_init_routing_v2."""
-    put(model("npu::npu_moe_init_routing_v2")(x, expert_idx, **rest), rows, row_idx, tokens, row_scale)
+    x: Tensor, expert_idx: Tensor, scale: Tensor | None, rows: Tensor, row_idx: Tensor, tokens: Tensor, row_scale: Tensor, **rest: object
+) -> None:  # fmt: skip
+    """npu_moe_init_routing_v2; scales of fp8 codes travel as bytes that the descriptor calls e8m0."""
+    if scale is not None and code(scale) == E8M0:
+        scale = scale.view(torch.float8_e8m0fnu)
+    put(model("npu::npu_moe_init_routing_v2")(x, expert_idx, scale=scale, **rest), rows, row_idx, tokens, row_scale)
 
 
 @bridge(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from tools.npu_standin.aclnn import model, put
+from tools.npu_standin.aclnn import ACL_CODES, model, put
 from tools.npu_standin.host import bridge
 
 ROTATIONS = {0: "half", 1: "interleave"}
@@ -55,3 +57,15 @@ def mhc_sinkhorn(x: Tensor, eps: float, num_iters: int, y: Tensor, norm: Tensor 
 def mhc_post(x: Tensor, h_res: Tensor | None, h_out: Tensor, h_post: Tensor, y: Tensor) -> None:
     """npu_mhc_post."""
     put(model("npu::npu_mhc_post")(x, h_res, h_out, h_post), y)
+
+
+@bridge(
+    "aclnnRmsNormDynamicMxQuant",
+    "x:t gamma:t beta:t epsilon:d scale_alg:i round_mode:s dst_type:i with_rstd:b y:t scale:t rstd:t",
+)
+def rms_norm_dynamic_mx_quant(
+    x: Tensor, gamma: Tensor, beta: Tensor | None, dst_type: int, with_rstd: bool, y: Tensor, scale: Tensor, rstd: Tensor, **rest: Any
+) -> None:  # fmt: skip
+    """npu_rms_norm_dynamic_mx_quant; the wheel does not ask for rstd."""
+    codes, scales, found = model("npu::npu_rms_norm_dynamic_mx_quant")(x, gamma, beta=beta, dst_type=ACL_CODES + dst_type, **rest)
+    put((codes, scales, found if with_rstd else None), y, scale, rstd)
