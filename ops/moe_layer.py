@@ -181,6 +181,10 @@ def _samples(op: str, dtype: torch.dtype, seed: int) -> Iterator[Sample]:
         a, b = sample_dense(g, 1, width, inner, spread)
         routed, shared = (*pack(w13), *pack(w2)), (*pack_shared(a[0]), *pack_shared(b[0]))
         yield Sample(name, (x, *_routing(g, tokens, topk, experts), *routed, *shared), {"limit": limit}, (name,))
+        if name == "many":
+            # the largest of 32 channels is just below a power of two: with a scale rounded down it would not fit the codes
+            high = torch.where(torch.arange(width) % 32 == 0, x.sign() * 7.9, x.float() / 8).to(dtype)
+            yield Sample("below-power", (high, *_routing(g, tokens, topk, experts), *routed, *shared), {"limit": limit}, ("outliers",))
 
 
 def _errors(op: str, dtype: torch.dtype) -> Iterator[WrongInput]:
@@ -247,7 +251,7 @@ moe_int8 = Contract(
     errors=partial(_errors, "moe_int8"),
     bound=partial(_bound, "moe_int8"),
     cost=partial(_cost, "int8"),
-    rms_share=1.0,  # as grouped_experts_int8
+    rms_share=1 / 8,  # bf16 in every step came to 0.07 of the bound
     compose=_composed,
     parts=("moe_dispatch", "grouped_experts_int8", "moe_combine", "quant_int8", "linear_int8", "clamped_swiglu"),
 )
@@ -260,5 +264,5 @@ moe_mx = Contract(
     errors=partial(_errors, "moe_mx"),
     bound=partial(_bound, "moe_mx"),
     cost=partial(_cost, "fp8"),
-    rms_share=1.0,
+    rms_share=1 / 6,  # bf16 in every step came to 0.10 of the bound
 )

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backends.ascend.hoist import ByIdentity
 from ops.cache import cache_insert
 
 SCATTER = "custom::scatter_nd_update_asc"
 WIDTHS = (1, 128, 512)
 _HALVES = (torch.bfloat16, torch.float16)
+_written = ByIdentity()
 
 
 def _writable(cache: Tensor, rows_RW: Tensor) -> bool:
@@ -35,12 +37,10 @@ def _cache_insert(cache: Tensor, rows_RW: Tensor, slots: Tensor) -> None:
     name="npu_scatter_nd_update_",
     needs=("npu::npu_scatter_nd_update_",),
     when=lambda cache, rows_RW, slots: not rows_RW.shape[0] or _writable(cache, rows_RW),
-    note="-1 writes the null block's first row to itself",
+    note="rows of -1 land in slot 0, which lies in the null block",
 )
 def _cache_insert_wheel(cache: Tensor, rows_RW: Tensor, slots: Tensor) -> None:
-    if not rows_RW.shape[0]:
-        return
-    # -1 is not skipped by this op. Slot 0 lies in the null block, which no table gives out: its row is written as it is
-    flat, at = cache.view(-1, cache.shape[2]), slots.clamp(min=0)
-    rows = torch.where((slots < 0)[:, None], flat.index_select(0, at), rows_RW)
-    torch.ops.npu.npu_scatter_nd_update_(input=flat, indices=at[:, None], updates=rows)
+    if rows_RW.shape[0]:
+        # -1 is not skipped by this op; every layer of a kind has the same slots
+        at = _written(slots, (), lambda: slots.clamp(min=0)[:, None])
+        torch.ops.npu.npu_scatter_nd_update_(input=cache.view(-1, cache.shape[2]), indices=at, updates=rows_RW)

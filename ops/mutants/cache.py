@@ -65,6 +65,7 @@ for _op in ALL:
     for _name, _what, _change in (
         ("skipped_to_end", "-1 is taken for the last slot", lambda s, p, n: torch.where(s < 0, n - 1, s)),
         ("skipped_to_start", "-1 is taken for slot 0", lambda s, p, n: s.clamp(min=0)),
+        ("skipped_beside_start", "-1 is taken for slot 1", lambda s, p, n: s.abs()),
         ("one_further", "rows lie one slot further", lambda s, p, n: _moved(s, lambda t: t + 1)),
         ("one_before", "rows lie one slot before theirs", lambda s, p, n: _moved(s, lambda t: (t - 1).clamp(min=0))),
         ("slot_7_bits", "slots are kept in 7 bits", lambda s, p, n: _moved(s, lambda t: t & 127)),
@@ -77,7 +78,8 @@ for _op in ALL:
         ("row_of_block_lost", "all rows of a block lie in its first", lambda s, p, n: _moved(s, lambda t: t // p * p)),
         ("slots_of_next_row", "each row takes the slot of the next one", lambda s, p, n: s.roll(-1)),
     ):
-        mutant(_op, _name, _what)(_slots(_op, _change))
+        allowed = (_op, _name) == ("cache_insert", "skipped_to_start")  # plain rows may land in the null block
+        (legal if allowed else mutant)(_op, _name, _what)(_slots(_op, _change))
     for _name, _what, _keep in (
         ("first_block_only", "rows go to the first block only", lambda s, p: s // p == s[:1] // p),
         ("last_row_lost", "the last row of the call is not written", lambda s, p: torch.arange(len(s)) < len(s) - 1),

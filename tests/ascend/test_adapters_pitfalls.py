@@ -97,6 +97,7 @@ def integer_table() -> Sample:
     return next(s for s in CONTRACTS["gate_hash"].samples(BF16, 0) if s.args[2].dtype == torch.int32 and s.args[0].shape[0] > 1)
 
 
+CLAMP_QUANT, FINALIZE = "custom::npu_dequant_swiglu_clamp_quant", "npu::npu_moe_finalize_routing"
 SHAREDKV, COMPRESSOR, GATING = "custom::npu_sparse_attn_sharedkv", "custom::compressor", "npu::npu_moe_gating_top_k"
 OLDER = ("910b", "910_93")
 DECODE: wide.Lengths = [(300, 1), (126, 2)]
@@ -108,10 +109,20 @@ PLANTS = [
     Plant("alpha_of_another_model", "clamped_swiglu", "npu::npu_clipped_swiglu", without("alpha"), of("clamped_swiglu", "flash"), OLDER),
     Plant("bias_of_another_model", "clamped_swiglu", "npu::npu_clipped_swiglu", without("bias"), of("clamped_swiglu", "flash"), OLDER),
     Plant("interleaved_halves", "clamped_swiglu", "npu::npu_clipped_swiglu", without("interleaved"), of("clamped_swiglu", "flash"), OLDER),
-    # without activate_dim the host code of 950 calls an older kernel, which drops mode and clamp
-    Plant("clamp_dropped_on_950", "grouped_experts_int8", "npu::npu_dequant_swiglu_quant", without("activate_dim"), int8_experts, ("950",)),
-    Plant("up_half_first", "grouped_experts_int8", "npu::npu_dequant_swiglu_quant", to(activate_left=False), of("grouped_experts_int8", "flash")),
-    Plant("swiglu_mode_of_plain_swiglu", "grouped_experts_int8", "npu::npu_dequant_swiglu_quant", to(swiglu_mode=0), int8_experts),
+    Plant("up_half_first", "grouped_experts_int8", CLAMP_QUANT, to(activate_left=False), of("grouped_experts_int8", "flash"), OLDER),
+    Plant("swiglu_mode_of_plain_swiglu", "grouped_experts_int8", CLAMP_QUANT, to(swiglu_mode=0), int8_experts, OLDER),
+    Plant("clamp_of_another_model", "moe_int8", CLAMP_QUANT, without("clamp_limit"), of("moe_int8", "clamp"), OLDER),
+    Plant("row_index_by_columns", "moe_int8", FINALIZE, to(drop_pad_mode=0), of("moe_int8", "many"), OLDER),
+    Plant("shared_expert_lost", "moe_int8", FINALIZE, to(skip1=None), of("moe_int8", "many"), OLDER),
+    Plant("routed_codes_without_their_scales", "moe_int8", "npu::npu_moe_init_routing_v2", to(scale=None), of("moe_int8", "many"), OLDER),
+    Plant("clamp_dropped_on_950", "moe_mx", "custom::npu_swiglu_group_quant", to(clamp_limit=None), of("moe_mx", "clamp"), ("950",)),
+    Plant("scales_rounded_down", "moe_mx", "npu::npu_dynamic_mx_quant", to(scale_alg=0), of("moe_mx", "below-power"), ("950",)),
+    Plant("fp4_by_default", "quant_mxfp8", "npu::npu_dynamic_mx_quant", without("dst_type"), of("quant_mxfp8", "flash-unit"), ("950",)),
+    Plant("norm_scales_rounded_down", "rms_norm_quant", "npu::npu_rms_norm_dynamic_mx_quant", to(scale_alg=0), of("rms_norm_quant", "flash-unit-mx"),
+          ("950",)),
+    Plant("norm_without_its_weight", "rms_norm_quant", "custom::npu_rms_norm_dynamic_quant", through("gamma", torch.ones_like),
+          of("rms_norm_quant", "flash-unit-int8"), OLDER),
+    Plant("product_in_hf32", "hc_pre", "npu::npu_mhc_pre", to(inner_precise=1), of("hc_pre", "flash-unit"), ("950",)),
     Plant("counts_read_as_cumulative", "moe_mlp", "npu::npu_grouped_matmul", without("group_list_type"), moe_clamped),
     Plant("group_type_missing", "moe_mlp", "npu::npu_grouped_matmul", without("group_type"), moe_clamped),
     Plant("cumulative_counts_asked_for", "moe_dispatch", "npu::npu_moe_init_routing_v2", to(expert_tokens_num_type=0), of("moe_dispatch", "many")),
@@ -148,14 +159,17 @@ PLANTS = [
     Plant("inverse_rotation_forwards", "rope", "custom::inplace_partial_rotary_mul", through("r2", torch.neg), of("rope", "flash-unit-inverse")),
     Plant("streams_mixed_over_the_other_index", "hc_post", "custom::npu_hc_post", through("comb", lambda c: c.transpose(1, 2).contiguous()),
           of("hc_post", "flash-unit")),
-    Plant("epsilon_of_the_default", "hc_pre", "custom::npu_hc_pre_sinkhorn", without("hc_eps"), of("hc_pre", "flash-unit"), ("910_93", "950")),
-    Plant("negative_slots_written", "cache_insert", "custom::scatter_nd_update_asc", through("indices", lambda i: i.clamp(min=0)),
+    Plant("epsilon_of_the_default", "hc_pre", "custom::npu_hc_pre_sinkhorn", without("hc_eps"), of("hc_pre", "flash-unit"), ("910_93",)),
+    Plant("negative_slots_written", "cache_insert", "custom::scatter_nd_update_asc", through("indices", lambda i: i.abs()),
           of("cache_insert", "odd-512"), OLDER),
+    Plant("negative_slots_left_to_the_wheel", "cache_insert", "npu::npu_scatter_nd_update_", through("indices", lambda i: i.masked_fill(i == 0, -1)),
+          of("cache_insert", "odd-512"), ("950",)),
     # GDzhu01 91: addresses through fp32 lose the last bit above 2^24
     Plant("addresses_through_fp32", "cache_insert", "custom::scatter_nd_update_asc", through("indices", lambda i: i.float().long()),
           lambda: high_slots(), OLDER),
     Plant("int8_sums_scaled_by_default_output", "linear_int8", "npu::npu_quant_matmul", without("output_dtype"), of("linear_int8", "flash-unit")),
     Plant("scale_per_token_lost", "linear_int8", "npu::npu_quant_matmul", to(pertoken_scale=None), of("linear_int8", "flash-unit")),
+    Plant("mx_scales_read_as_fp32", "linear_mx", "npu::npu_quant_matmul", without("scale_dtype"), of("linear_mx", "flash-unit"), ("950",)),
     Plant("scales_read_as_fp32", "linear_fp8", "npu::npu_quant_matmul", without("scale_dtype"), of("linear_fp8", "flash-unit"), ("950",)),
     Plant("groups_lost", "linear_fp8", "npu::npu_quant_matmul", without("group_sizes"), of("linear_fp8", "flash-unit"), ("950",)),
 ]  # fmt: skip
