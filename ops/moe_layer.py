@@ -43,10 +43,11 @@ _KINDS: Mapping[str, tuple[Callable[[Tensor, Tensor], Weight], Callable[[Tensor,
 
 
 def _parts(
-    op: str, x_TD: Tensor, ids_TK: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, shared: tuple[Tensor, ...]
+    op: str, x_TD: Tensor, ids_TK: Tensor, routed_weights: tuple[Tensor, ...], shared: tuple[Tensor, ...]
 ) -> tuple[tuple[tuple[Tensor, Tensor, Tensor, Weight, Weight], ...], Tensor]:
     """(rows, ones, counts and both weights) of the routed and of the shared experts, and the flat index of each routed row."""
     routed_of, shared_of, *_ = _KINDS[op]
+    w13, s13, w2, s2 = routed_weights
     rows, _, counts, index = _moe_dispatch(x_TD, ids_TK, torch.ones(ids_TK.shape), num_experts=w13.shape[0])
     a, sa, b, sb = (t[None] for t in shared)
     tokens = x_TD.shape[0]
@@ -61,7 +62,7 @@ def _sum(y_AD: Tensor, index_A: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 def _layer(op: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *weights: Tensor, limit: float, compute: torch.dtype) -> Tensor:
-    (routed, shared), index = _parts(op, x_TD, ids_TK, *weights[:4], weights[4:])
+    (routed, shared), index = _parts(op, x_TD, ids_TK, weights[:4], weights[4:])
     run: dict[str, Any] = {"limit": limit, "quantize": True, "compute": compute, "trip": _KINDS[op][2]}
     return _sum(experts_reference(*routed, **run), index, weights_TK) + experts_reference(*shared, **run)
 
@@ -69,7 +70,7 @@ def _layer(op: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *weights: 
 def _bound(
     op: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *weights: Tensor, limit: float, golden: Any, found: Any
 ) -> tuple[Tensor]:
-    (routed, shared), index = _parts(op, x_TD, ids_TK, *weights[:4], weights[4:])
+    (routed, shared), index = _parts(op, x_TD, ids_TK, weights[:4], weights[4:])
     *_, trip, interval = _KINDS[op]
     unit, run = bounds.roundoff(x_TD.dtype), {"limit": limit, "quantize": True, "trip": trip}
     errors, sizes = [], []

@@ -199,8 +199,8 @@ def _quant_mxfp8(x_TK: Tensor, *, compute: torch.dtype = torch.float32) -> tuple
     """MXFP8: e4m3 codes with one E8M0 scale per 32 channels, the scale rule of quant_fp8 with floor 448 * 2^-127.
 
     x [T, K] float, K a multiple of 32. Returns float8_e4m3fn [T, K] and float8_e8m0fnu [T, K/32]; dequant_fp8(group=32) inverts. A block of
-    zeros has the scale byte 0. Source: specification section 10.3 with groups of 32; zero and subnormal blocks as the kernel of
-    aclnnDynamicMxQuant (ops-nn, quant/dynamic_mx_quant/op_kernel/arch35/dynamic_mx_quant_tail_axis_fp8.h, ComputeScaleCublas). ValueError for other widths.
+    zeros has the scale byte 0. Source: specification section 10.3 with groups of 32; blocks of zeros and of subnormal scale as the kernel of
+    aclnnDynamicMxQuant has them (ops-nn, dynamic_mx_quant_tail_axis_fp8.h, ComputeScaleCublas). ValueError for other widths.
     """
     return _quant_fp8(x_TK, group=32, floor=MXFP8_FLOOR)
 

@@ -1,10 +1,10 @@
 """Hyper-connections: an fp32 product, then the vendor's ops for norm, coefficients and mixing.
 
-custom.npu_hc_pre does it all in one, but multiplies in HF32 (10 bits of the weights), outside the bound of hc_pre: it is not offered. Its
-two other pieces are: they are documented in fp32, and the product between them is ours. On 950 the wheel's npu_mhc_pre multiplies in fp32
-(inner_precise 0) and leaves the logits of comb to npu_mhc_sinkhorn. cann_ops_transformer.mhc_pre_sinkhorn does both in one, in HF32 on A2 and A3 (its
-kernel sets it): it is not offered. The wheel's npu_mhc_post is not offered: the notes do not say over which index of h_res it sums. No package has hc_head in one kernel; csrc has one of our own, optional: its torch half has run on
-a CPU, its kernel has not been compiled.
+custom.npu_hc_pre does it all in one, but multiplies in HF32 (10 bits of the weights), outside the bound of hc_pre: it is not offered, nor is
+cann_ops_transformer.mhc_pre_sinkhorn, whose kernel sets HF32 on A2 and A3. Its two other pieces are: they are documented in fp32, and the product
+between them is ours. On 950 the wheel's npu_mhc_pre multiplies in fp32 (inner_precise 0) and leaves the logits of comb to npu_mhc_sinkhorn. The
+wheel's npu_mhc_post is not offered: the notes do not say over which index of h_res it sums. No package has hc_head in one kernel; csrc has one of
+our own, optional: its torch half has run on a CPU, its kernel has not been compiled.
 Source: Ascend operator notes, section 9; cann-recipes-infer, docs and test of npu_hc_pre_sinkhorn and npu_hc_pre_inv_rms; ops-transformer,
 aclnnMhcPreV2.md, aclnnMhcPreSinkhorn.md and mhc_pre_sinkhorn_cube_compute.h.
 """

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from backends.ascend.hoist import ByIdentity
-from backends.ascend.moe import CLIPPED, GROUPED, MOST_EXPERTS, OLDER, WIDEST, clamped_halves, clipped_swiglu, grouped_product, representable
+from backends.ascend.moe import (
+    CLIPPED,
+    GROUPED,
+    MOST_EXPERTS,
+    OLDER,
+    WIDEST,
+    clamped_halves,
+    clipped_swiglu,
+    grouped_product,
+    representable,
+)
 from ops.experts_int8 import grouped_experts_int8
 from ops.linear import linear_int8
 from ops.quant import quant_int8

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from backends.ascend.hoist import ByIdentity
-from backends.ascend.int8 import CLAMP_QUANT, DYNAMIC_QUANT, LARGEST, QUANT_MATMUL, experts_fit, fused_activation, quant_matmul, quantise, second_product
+from backends.ascend.int8 import (
+    CLAMP_QUANT,
+    DYNAMIC_QUANT,
+    LARGEST,
+    QUANT_MATMUL,
+    experts_fit,
+    fused_activation,
+    quant_matmul,
+    quantise,
+    second_product,
+)
 from backends.ascend.moe import GROUPED, MOST_EXPERTS, OLDER, ROUTING
 from backends.ascend.mx import MX_QUANT, SWIGLU_QUANT, fp4_product, mx_matmul, mx_quantise, swiglu_quantise
 from ops.moe_layer import moe_int8, moe_mx

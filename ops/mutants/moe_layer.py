@@ -71,7 +71,9 @@ mutant("linear_mx", "scale_of_next_token", "tokens take the scale of the next on
 mutant("linear_mx", "weight_scale_ignored", "the weight's scales are taken as 1")(
     _changed("linear_mx", scale=lambda a: _bytes(lambda b: torch.full_like(b, 127))(a["scale"]))
 )
-mutant("linear_mx", "exponent_off_by_one", "the bias of the exponent is 128")(_changed("linear_mx", x_scale=lambda a: _bytes(lambda b: b - 1)(a["x_scale"])))
+mutant("linear_mx", "exponent_off_by_one", "the bias of the exponent is 128")(
+    _changed("linear_mx", x_scale=lambda a: _bytes(lambda b: b - 1)(a["x_scale"]))
+)
 
 
 @mutant("linear_mx", "bf16_sum", "the sum is rounded to bf16 first", dtypes=(torch.float32,))
@@ -125,7 +127,9 @@ def _one_down(codes: Tensor) -> Tensor:
 _NQ = "rms_norm_quant"
 mutant(_NQ, "weight_left_out", "the weight is taken as ones")(_changed(_NQ, weight_K=lambda a: torch.ones_like(a["weight_K"])))
 mutant(_NQ, "epsilon_of_another_model", "epsilon is 1e-2")(_changed(_NQ, eps=lambda a: 1e-2))
-mutant(_NQ, "codes_one_down", "codes are one step nearer to zero")(_after(lambda c, s, k: (torch.where(c.float() != 0, _one_down(c).float(), c.float()), s)))
+mutant(_NQ, "codes_one_down", "codes are one step nearer to zero")(
+    _after(lambda c, s, k: (torch.where(c.float() != 0, _one_down(c).float(), c.float()), s))
+)
 mutant(_NQ, "scale_of_next_row", "rows take the scale of the next one")(
     _after(lambda c, s, k: (c, s.roll(1, 0) if k == "int8" else s.view(torch.uint8).roll(1, 0).view(_E8M0)))
 )

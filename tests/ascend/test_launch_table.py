@@ -19,6 +19,15 @@ def test_kinds_differ_by_what_they_add(chip: str) -> None:
     assert heavy == window + 2 and chosen - heavy in (6, 8)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chip", OURS)
+def test_ours_is_not_larger(chip: str, kind: str) -> None:
+    """Neither in fused ops nor in all launches; OURS is counted again by test_standin_launches_modes.py."""
+    here, there = OURS[chip][kind], theirs(chip, kind)
+    assert here["vendor"] <= there["vendor"]
+    assert sum(here.values()) <= sum(there.values())
+
+
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(KeyError):
         theirs("a3", "MHA")
