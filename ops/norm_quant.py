@@ -31,7 +31,7 @@ def _rms_norm_quant(
     """
     y = rms_norm.reference(x_TK, weight_K, eps=eps, compute=compute)
     codes, scale = _KINDS[kind].reference(y.float())
-    return codes, scale
+    return codes, scale.to(compute) if scale.dtype == torch.float32 else scale
 
 
 def _meta(x_TK: Tensor, weight_K: Tensor, *, eps: float, kind: str) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,8 @@ def _grouped(g: torch.Generator) -> Arguments:
     }  # fmt: skip
 
 
-V4_SWIGLU = {"activate_left": True, "swiglu_mode": 1, "clamp_limit": 10.0, "glu_alpha": 1.0, "glu_bias": 0.0}
+V4_SWIGLU = {"activate_left": True, "swiglu_mode": 2, "clamp_limit": 10.0, "glu_alpha": 1.0, "glu_bias": 0.0}
+"""V4's activation by the wheel's ops; in cann-recipes' own copy the clamped form of halves is mode 1."""
 
 
 def _dequant_swiglu(g: torch.Generator) -> Arguments:
@@ -156,7 +157,8 @@ def _dequant_swiglu(g: torch.Generator) -> Arguments:
     }  # fmt: skip
 
 
-CASES["npu::npu_dequant_swiglu_quant"] = CASES["custom::npu_dequant_swiglu_clamp_quant"] = _dequant_swiglu
+CASES["npu::npu_dequant_swiglu_quant"] = _dequant_swiglu
+CASES["custom::npu_dequant_swiglu_clamp_quant"] = lambda g: {**_dequant_swiglu(g), "swiglu_mode": 1}
 
 
 @legal("npu::npu_clipped_swiglu")
@@ -223,6 +225,7 @@ def _mhc_pre(g: torch.Generator) -> Arguments:
         "norm_eps": 1e-6,
         "hc_eps": 1e-6,
         "out_flag": 0,
+        "inner_precise": 0,
     }
 
 
@@ -251,7 +254,10 @@ def _block_quant(g: torch.Generator) -> Arguments:
 
 @legal("npu::npu_dynamic_mx_quant")
 def _mx_quant(g: torch.Generator) -> Arguments:
-    return {"input": bf16(g, 5, 512), "axis": -1, "round_mode": "rint", "dst_type": E4M3, "block_size": 32, "scale_alg": 1}
+    return {
+        "input": bf16(g, 5, 512), "axis": -1, "round_mode": "rint", "dst_type": E4M3, "block_size": 32, "scale_alg": 1, "dst_type_max": 0.0,
+        "max_low_bound": 0.0,
+    }  # fmt: skip
 
 
 @legal("npu::npu_anti_mx_quant")

@@ -163,9 +163,10 @@ def _activated(gate: torch.Tensor, up: torch.Tensor, limit: float = 10.0) -> tor
     return F.silu(gate.double().clamp(max=limit)) * up.double().clamp(-limit, limit)
 
 
-def test_dequant_swiglu_quant_clamps_and_leaves_its_tail_undefined():
-    given = arguments(SWIGLU)
-    codes, scale = call(SWIGLU)
+@pytest.mark.parametrize("op", [SWIGLU, "custom::npu_dequant_swiglu_clamp_quant"])
+def test_dequant_swiglu_quant_clamps_and_leaves_its_tail_undefined(op):
+    given = arguments(op)
+    codes, scale = call(op)
     group = torch.tensor([0] * 3 + [2] * 5 + [3] * 2)
     x = given["x"][:10].double() * given["weight_scale"][group].double() * given["activation_scale"][:10, None].double()
     y = _activated(*x.chunk(2, 1))
@@ -173,6 +174,39 @@ def test_dequant_swiglu_quant_clamps_and_leaves_its_tail_undefined():
     assert bool(((codes[:10].double() * scale[:10, None] - y).abs() <= 0.502 * scale[:10, None]).all())
     assert poisoned(codes[10:])
     assert poisoned(scale[10:])
+
+
+@pytest.mark.parametrize("op", [SWIGLU, "npu::npu_swiglu_mx_quant"])
+def test_gate_and_up_alternate_in_mode_1_of_the_wheels_ops(op, on_chip):
+    on_chip("950")
+    x = (torch.randn(12, 256) * 20).bfloat16()
+    plain = {"weight_scale": None, "activation_scale": None, "group_index": None} if op == SWIGLU else {}
+    halves = call(op, x=x, **plain)
+    alternating = torch.stack(x.chunk(2, 1), 2).flatten(1)
+    for found, right in zip(call(op, x=alternating, **plain, swiglu_mode=1), halves, strict=True):
+        assert torch.equal(found.view(torch.uint8), right.view(torch.uint8))
+    assert not torch.equal(call(op, x=x, **plain, swiglu_mode=1)[0].float(), halves[0].float())
+
+
+def test_finalize_routing_adds_in_fp32_with_fp32_scales():
+    given = arguments("npu::npu_moe_finalize_routing")
+    tokens, k = given["scales"].shape
+    rows = torch.ones(tokens * k, 256).bfloat16()
+    scales = torch.full((tokens, k), 2.0**-9 + 2.0**-20)
+    found = call("npu::npu_moe_finalize_routing", expanded_permuted_rows=rows, scales=scales, skip1=torch.ones(tokens, 256).bfloat16())
+    assert torch.equal(found, (torch.ones(tokens, 256) + k * float(scales[0, 0])).bfloat16())
+
+
+def test_codes_take_their_scales_along(on_chip):
+    on_chip("950")
+    op = "npu::npu_moe_init_routing_v2"
+    ids = arguments(op)["expert_idx"]
+    x = torch.randn(len(ids), 256).to(torch.float8_e4m3fn)
+    scale = torch.randint(100, 140, (len(ids), 4, 2), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    rows, index, _, moved = call(op, x=x, scale=scale, quant_mode=-1, row_idx_type=1)
+    tokens = index.long() // ids.shape[1]
+    assert torch.equal(rows.view(torch.uint8), x.view(torch.uint8)[tokens])
+    assert torch.equal(moved.view(torch.uint8), scale.view(torch.uint8)[tokens])
 
 
 def test_dequant_swiglu_quant_has_the_defaults_of_another_model():

@@ -103,7 +103,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("npu::npu_moe_init_routing_v2", {"expert_idx": torch.zeros(5, 6).long()}),
     ("npu::npu_moe_init_routing_v2", {"quant_mode": 3}),
     ("npu::npu_moe_init_routing_v2", {"row_idx_type": 2}),
-    ("npu::npu_moe_finalize_routing", {"scales": fp32(5, 6)}),
+    ("npu::npu_moe_finalize_routing", {"scales": fp32(5, 6).half()}),
     ("npu::npu_moe_finalize_routing", {"skip2": bf16(5, 256)}),
     ("npu::npu_moe_finalize_routing", {"expanded_src_to_dst_row": torch.full((30,), -1).int()}),
     ("npu::npu_grouped_matmul", {"group_type": None}),

@@ -51,7 +51,7 @@ GATE = {
     "out_flag": True,
 }  # fmt: skip
 GROUPED = {"split_item": 2, "group_type": 0, "group_list_type": 1}
-ACT = {"activate_left": True, "swiglu_mode": 1, "clamp_limit": 2.0, "glu_alpha": 1.0, "glu_bias": 0.0}
+ACT = {"activate_left": True, "swiglu_mode": 2, "clamp_limit": 2.0, "glu_alpha": 1.0, "glu_bias": 0.0}
 MX = {"scale_dtype": ACL_E8M0, "pertoken_scale_dtype": ACL_E8M0, "group_sizes": [1, 1, 32], "output_dtype": BF16}
 MXG = dict(scale_dtype=ACL_E8M0, per_token_scale_dtype=ACL_E8M0, output_dtype=BF16, **GROUPED)
 COUNTS = torch.tensor([1, 0, 2, 1, 0, 0, 1, 1])
@@ -74,7 +74,9 @@ def norms(d: _Draw) -> list[VendorCall]:
         VendorCall("rope", "npu::npu_rotary_mul", (d.normal(2, 1, 4, 64), cos, sin), {"rotary_mode": "interleave"},
                    aclnn="aclnnRotaryPositionEmbeddingV2"),
         VendorCall("mhc-post", "npu::npu_mhc_post", streams, aclnn="aclnnMhcPost"),
-        VendorCall("mhc-pre", "npu::npu_mhc_pre", pre, {"norm_eps": 1e-6, "hc_eps": 1e-5}, aclnn="aclnnMhcPreV2"),
+        VendorCall("mhc-pre", "npu::npu_mhc_pre", pre, {"norm_eps": 1e-6, "hc_eps": 1e-5, "inner_precise": 0}, NEW, "aclnnMhcPreV2"),
+        VendorCall("norm-mxfp8", "npu::npu_rms_norm_dynamic_mx_quant", (d.normal(T, H), d.normal(H)),
+                   {"epsilon": 1e-3, "scale_alg": 1, "round_mode": "rint", "dst_type": ACL_E4M3}, NEW, "aclnnRmsNormDynamicMxQuant", undefined=(2,)),
         VendorCall("sinkhorn", "npu::npu_mhc_sinkhorn", (d.normal(T, 4, 4, dtype=F32),), {"eps": 2**-20, "num_iters": 20}, aclnn="aclnnMhcSinkhorn"),
     ]  # fmt: skip
 
@@ -148,9 +150,15 @@ def routing(d: _Draw) -> list[VendorCall]:
         VendorCall("gate", gate, (logits, K), dict(bias=d.normal(E, dtype=F32), **GATE), aclnn="aclnnMoeGatingTopK"),
         VendorCall("gate-hash", gate, (logits, K), dict(input_ids=tokens, tid2eid=table, **GATE), aclnn="aclnnMoeGatingTopKV2"),
         VendorCall("sort", "npu::npu_moe_init_routing_v2", (x, ids), dict(quant_mode=-1, **_routing(d)), aclnn="aclnnMoeInitRoutingV3", undefined=(3,)),
+        VendorCall("sort-codes-int8", "npu::npu_moe_init_routing_v2", (d.ints(T, H), ids),
+                   dict(scale=d.normal(T, dtype=F32), quant_mode=-1, **_routing(d)), aclnn="aclnnMoeInitRoutingV3"),
+        VendorCall("sort-codes-mxfp8", "npu::npu_moe_init_routing_v2", (d.normal(T, H).to(E4M3), ids),
+                   dict(scale=d.powers(T, H // 64, 2).view(torch.float8_e8m0fnu), quant_mode=-1, **_routing(d)), NEW, "aclnnMoeInitRoutingV3"),
         VendorCall("sort-int8", "npu::npu_moe_init_routing_v2", (x, ids), dict(quant_mode=1, **_routing(d)), aclnn="aclnnMoeInitRoutingV3"),
         VendorCall("sum", sum_up, (rows, None, None, None, weights, order, None), {"drop_pad_mode": 2}, aclnn="aclnnMoeFinalizeRoutingV4"),
         VendorCall("sum-all", sum_up, (rows, d.normal(T, H), d.normal(T, H), d.normal(E, H), weights, order, ids), {"drop_pad_mode": 0, "k": K},
+                   aclnn="aclnnMoeFinalizeRoutingV4"),
+        VendorCall("sum-fp32-weights", sum_up, (rows, d.normal(T, H), None, None, d.normal(T, K, dtype=F32), order, None), {"drop_pad_mode": 2, "k": K},
                    aclnn="aclnnMoeFinalizeRoutingV4"),
         VendorCall("write", "npu::npu_scatter_nd_update_", (d.normal(32, N), torch.tensor([[3], [30], [7]]), d.normal(3, N)),
                    aclnn="aclnnScatterNdUpdate"),
