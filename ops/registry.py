@@ -190,6 +190,12 @@ def _choose(
         found += own
         if own and own[-1].when is None:
             return decided()
+    if contract.compose:
+        # no backend has all of it alone: the parts as they are bound, whichever backends they come from
+        fn = contract.compose(SimpleNamespace(**{p: getattr(ops, p) for p in contract.parts}))
+        of = next((b for b in order if all(b in chosen[p].used for p in contract.parts)), order[-1])
+        found.append(Impl(of, fn, frozenset(), frozenset(), (), None, f"composed of {', '.join(contract.parts)}"))
+        return decided()
     listing = "\n".join(f"  {b:14s} {r}" for b, r in notes)
     raise NoImplementation(
         f"{contract.name}: no implementation takes every input for {dtype}\n{listing}\n"

@@ -52,7 +52,7 @@ def test_every_wrong_call_is_listed_on_demand(twelve: Path, capsys: pytest.Captu
     options = ("--plant", "rms_norm:weight_lost@layers.11", "--all", "--only", "rms_norm", "--places", "11")
     code, found = bisect(twelve, *options, capsys=capsys)
     assert code == 1
-    assert [f["count"] for f in found["findings"]] == list(range(4 * faults.NEW))
+    assert [f["count"] for f in found["findings"]] == list(range(3 * faults.NEW))
     assert found["first"] == found["findings"][0] and found["first"]["step"] == 0
 
 
