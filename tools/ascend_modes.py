@@ -49,24 +49,21 @@ def product_errors(ops: SimpleNamespace, kind: str) -> dict[str, float]:
     w13 = torch.randn(1, 2 * _I, _D, generator=g) * _D**-0.5
     w2 = torch.randn(1, _D, _I, generator=g) * _I**-0.5
     exact = x.float() @ w.T
-    counts, ones = torch.tensor([_ROWS]), torch.ones(_ROWS)
     gate, up = (x.float() @ w13[0].T).chunk(2, -1)
     experts = (torch.nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)) @ w2[0].T
+    routing = torch.zeros(_ROWS, 1, dtype=torch.int32), torch.ones(_ROWS, 1)
+    none = torch.zeros(2 * _I, _D), torch.zeros(_D, _I)  # a shared expert that adds nothing
     if kind == "int8":
         codes, scale = ops.quant_int8(x)
         linear = ops.linear_int8(codes, *quantise_int8(w), x_scale=scale, out_dtype=torch.bfloat16)
-        packed = [*_stacked(lambda t: quantise_int8(t, torch.bfloat16), w13), *_stacked(lambda t: quantise_int8(t, torch.bfloat16), w2)]
-        return {
-            "linear_int8": _error(linear, exact),
-            "grouped_experts_int8": _error(ops.grouped_experts_int8(x, ones, counts, *packed, limit=10.0), experts),
-        }
-    codes, scale = ops.quant_fp8(x)
-    linear = ops.linear_fp8(codes, *quantise_fp8(w), x_scale=scale, out_dtype=torch.bfloat16)
-    packed = [*_stacked(quantise_fp4, w13), *_stacked(quantise_fp4, w2)]
-    return {
-        "linear_fp8": _error(linear, exact),
-        "grouped_experts_fp4": _error(ops.grouped_experts_fp4(x, ones, counts, *packed, limit=10.0), experts),
-    }
+        packed = [t for weight in (w13, w2) for t in _stacked(lambda t: quantise_int8(t, torch.bfloat16), weight)]
+        packed += [t for weight in none for t in quantise_int8(weight)]
+        return {"linear_int8": _error(linear, exact), "moe_int8": _error(ops.moe_int8(x, *routing, *packed, limit=10.0), experts)}
+    codes, scale = ops.quant_mxfp8(x)
+    linear = ops.linear_mx(codes, *quantise_fp8(w), x_scale=scale, out_dtype=torch.bfloat16)
+    packed = [t for weight in (w13, w2) for t in _stacked(quantise_fp4, weight)]
+    packed += [t for weight in none for t in quantise_fp8(weight)]
+    return {"linear_mx": _error(linear, exact), "moe_mx": _error(ops.moe_mx(x, *routing, *packed, limit=10.0), experts)}
 
 
 def mean_kl(p_TV: Tensor, q_TV: Tensor) -> float:
