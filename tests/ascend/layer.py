@@ -32,15 +32,29 @@ def config_of(name: str, ratio: int, *, hashed: bool = False, experts: int | Non
     )  # fmt: skip
 
 
+def _codes(shape: torch.Size, dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    low, high = (0, 256) if dtype == torch.uint8 else (-127, 128)
+    return torch.randint(low, high, shape, generator=g)
+
+
+def _stacked(p: Tensor, g: torch.Generator) -> Tensor:
+    """Values of a stack of matrices, one matrix at a time: what is drawn is four or eight times as large as what is kept."""
+    value = torch.empty(p.shape, dtype=p.dtype)
+    for matrix in value:
+        matrix.copy_(torch.randn(p.shape[1:], generator=g) * p.shape[-1] ** -0.5 if p.is_floating_point() else _codes(p.shape[1:], p.dtype, g))
+    return value
+
+
 def fill(module: nn.Module, device: torch.device, seed: int = 0) -> None:
     """Random parameters in place of those without storage."""
     g = torch.Generator().manual_seed(seed)
     for name, p in list(module.named_parameters()):
         owner, _, last = name.rpartition(".")
         inputs = p.shape[-1] * (2 if p.dtype == torch.uint8 else 1)
-        if p.dtype in (torch.int8, torch.uint8):
-            low, high = (0, 256) if p.dtype == torch.uint8 else (-127, 128)
-            value = torch.randint(low, high, p.shape, generator=g)
+        if p.dim() == 3 and p.dtype in (torch.int8, torch.uint8, torch.float32, torch.bfloat16):
+            value = _stacked(p, g)
+        elif p.dtype in (torch.int8, torch.uint8):
+            value = _codes(p.shape, p.dtype, g)
         elif p.dtype == torch.float8_e8m0fnu:
             value = torch.full(p.shape, 2.0 ** (-8 if ".experts." in name else -6))
         elif name.endswith((".scale", ".s13", ".s2")):
