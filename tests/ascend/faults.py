@@ -123,8 +123,9 @@ def check(fault: Fault, soc: str, device: torch.device) -> None:
     assert clean.ok, str(clean)
     try:
         found = judged(fault, soc, device, True)
-    except (LimitError, RuntimeError) as error:
-        assert fault.seen == REFUSED, f"{fault.name}: refused, where the numbers should show it: {error}"
+    except (LimitError, RuntimeError):
+        if fault.seen != REFUSED:
+            raise
         return
     # the vendor's models refuse what a device computes somehow
     assert fault.seen == NUMBERS or HARDWARE, f"{fault.name} is planted, and nothing refuses the call"
