@@ -17,6 +17,7 @@ from torch import Tensor
 from ops.contract import CONTRACTS
 from ops.registry import on_device
 from tests.ascend.bound import binding_of
+from tests.ascend.conftest import HARDWARE, LEVEL
 from tests.ascend.test_adapters_chunks import KINDS, TOKENS, Sequence
 from tests.ascend.test_adapters_pitfalls import COMPRESSOR, _Altered
 from tests.ascend.wide import PROMPTS
@@ -57,6 +58,8 @@ def same(found: Result, kind: str, hidden: int) -> bool:
 
 @pytest.fixture
 def compress(soc: str, device: torch.device) -> Callable[..., Tensor]:
+    if LEVEL == "l2" and not HARDWARE and soc != "910_93":
+        pytest.skip("the adapter is the same on every chip: one chip here, every chip at l3")
     fn: Callable[..., Any] = binding_of(soc, torch.bfloat16, "compress").ops.compress
     return fn if device.type == "cpu" else on_device(fn, CONTRACTS["compress"], device)
 
