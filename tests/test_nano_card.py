@@ -14,7 +14,11 @@ from tools.nano.export import export
 
 COMMITTED = Path(__file__).parents[1] / "models" / "nano"
 COMMON = {"model": "m", "backend": "cpu", "dtype": "float32", "numerics": "exact", "seed": 0, "trials": 200, "plants": []}
-NEEDLE = {**COMMON, "kind": "needle", "lengths": [{"length": 4096, "trials": 200, "accuracy": 0.985, "low": 0.957, "high": 0.995}]}
+DEPTHS = [{"depth": 0.25, "trials": 100, "right": 97}, {"depth": 0.75, "trials": 100, "right": 100}]
+NEEDLE = {
+    **COMMON, "kind": "needle",
+    "lengths": [{"length": 4096, "trials": 200, "accuracy": 0.985, "low": 0.957, "high": 0.995, "by_depth": DEPTHS}],
+}  # fmt: skip
 LOG = '{"step": 50, "loss": 0.5, "answers": 0.25, "draft": 0.75, "index": 0.125}\n'
 
 
@@ -38,7 +42,9 @@ def test_card_is_made_of_its_files(model: Path) -> None:
     assert text == card.of_directory(model)
     for part in ("98.5% of 200 (95.7% to 99.5%)", "`train it`, 50 steps", "loss 0.5000", "license: apache-2.0", "cpu, float32, exact, seed 0"):
         assert part in text
-    assert (model / card.PICTURE).read_bytes()[:4] == b"\x89PNG"
+    assert f"({card.NEEDLES})" in text
+    for picture in (card.PICTURE, card.NEEDLES):
+        assert (model / picture).read_bytes()[:4] == b"\x89PNG"
     shard = next(model.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     assert text != card.of_directory(model)

@@ -165,7 +165,7 @@ grouped_experts_int8.implement(
     soc=OLDER,
     needs=(DYNAMIC_QUANT, GROUPED, CLAMP_QUANT),
     when=_experts_when,
-)(_experts_of(fused_activation))
+)(_experts_of(lambda *call: fused_activation(*call)))  # looked up at the call, where tests replace it
 grouped_experts_int8.implement(
     "ascend",
     name="npu_dynamic_quant, npu_grouped_matmul, npu_clipped_swiglu",
@@ -181,4 +181,4 @@ grouped_experts_int8.implement(
     soc=("950",),
     needs=(DYNAMIC_QUANT, GROUPED, "npu::npu_swiglu"),
     when=_parts_when,
-)(_experts_of(_activation_in_parts(clamped_halves)))
+)(_experts_of(_activation_in_parts(lambda gate_up, limit: clamped_halves(gate_up, limit))))

@@ -18,6 +18,7 @@ from ops.paged import packed_rope_dim
 
 BF16 = (torch.bfloat16,)
 WIDEST = 512
+_INT32 = 2**31
 _PROGRAMS = 128
 """Programs below which the rows of a query are split, about one a multiprocessor."""
 _SPLITS = 128
@@ -72,6 +73,20 @@ def alignment(cache: Tensor, row: int) -> int:
     return math.gcd(16, cache.data_ptr(), row * size, cache.stride(0) * size)
 
 
+def _parts(channels: int, cache: Tensor) -> tuple[int, int, int]:
+    """Channels that are not rotary, elements of a row, and bytes of its scales."""
+    if cache.dtype != torch.uint8:
+        return channels, channels, 0
+    rope_dim = packed_rope_dim("sparse_attention", cache.shape[2], channels)
+    return channels - rope_dim, *fp8_row_parts(channels, rope_dim)
+
+
+def _countable(channels: int, window: Tensor, entries: Tensor) -> bool:
+    """Whether the place of every row, in units, is an int32."""
+    furthest = max(window.shape[0] * window.stride(0), entries.shape[0] * entries.stride(0))
+    return furthest < _INT32 or furthest // unit_of(window, entries, *_parts(channels, window)[1:]) < _INT32
+
+
 def _apart(cache: Tensor) -> bool:
     # whole blocks may lie apart, rows of a block may not
     return cache.dim() == 3 and cache.stride(2) == 1 and (cache.shape[1] == 1 or cache.stride(1) == cache.shape[2])
@@ -111,10 +126,10 @@ def _fits(
     if not (lists and rest and window_table.dim() == 2 and window_table.shape[0] == batch and _cache_fits(q_THC, window_cache, packed)):
         return False
     if cmp_cache is None or cmp_table is None:
-        return cmp_cache is None and cmp_table is None and cmp_index is None
+        return cmp_cache is None and cmp_table is None and cmp_index is None and _countable(channels, window_cache, window_cache)
     entries = ratio >= 1 and cmp_table.dtype == torch.int32 and cmp_table.dim() == 2 and cmp_table.shape[0] == batch
     index = cmp_index is None or (cmp_index.dim() == 2 and cmp_index.shape[0] == tokens and cmp_index.dtype == torch.int32)
-    return entries and index and _cache_fits(q_THC, cmp_cache, packed)
+    return entries and index and _cache_fits(q_THC, cmp_cache, packed) and _countable(channels, window_cache, cmp_cache)
 
 
 @sparse_attention.implement("cuda_triton", dtypes=BF16, soc=SOC, needs=[NEED], when=_fits, note=f"bf16, up to {WIDEST} channels")
@@ -135,10 +150,7 @@ def _sparse_attention(
 ) -> Tensor:
     tokens, heads, channels = q_THC.shape
     device, batch, packed = q_THC.device, start_pos.shape[0], window_cache.dtype == torch.uint8
-    nope, row, scale_bytes = channels, channels, 0
-    if packed:
-        nope = channels - packed_rope_dim("sparse_attention", window_cache.shape[2], channels)
-        row, scale_bytes = fp8_row_parts(channels, channels - nope)
+    nope, row, scale_bytes = _parts(channels, window_cache)
     kind = 0 if cmp_cache is None else 1 if cmp_index is None else 2
     # kinds that do not have a tensor pass one that is there and is not read
     entries, entry_table = (window_cache, window_table) if cmp_cache is None or cmp_table is None else (cmp_cache, cmp_table)

@@ -1,4 +1,4 @@
-"""One layer with the real head counts, widths and choices of Flash or Pro, few and narrow experts, random weights."""
+"""One layer with the real head counts, widths and choices of Flash or Pro, random weights; experts few and narrow unless asked for otherwise."""
 
 from __future__ import annotations
 
@@ -23,22 +23,38 @@ from v4.settings import Settings
 KINDS = {"SWA": 0, "CSA": 4, "HCA": 128}
 
 
-def config_of(name: str, ratio: int, *, hashed: bool = False) -> Config:
-    """Configuration of Flash or Pro with one layer of a kind, and few experts."""
+def config_of(name: str, ratio: int, *, hashed: bool = False, experts: int | None = 8, inner: int | None = 256) -> Config:
+    """Configuration of Flash or Pro with one layer of a kind; `experts` in number and their width `inner` as published where None."""
+    published = named_config(name)
     return replace(
-        named_config(name), num_hidden_layers=1, compress_ratios=(ratio,), num_hash_layers=int(hashed), num_nextn_predict_layers=0,
-        n_routed_experts=8, moe_intermediate_size=256, vocab_size=256,
+        published, num_hidden_layers=1, compress_ratios=(ratio,), num_hash_layers=int(hashed), num_nextn_predict_layers=0,
+        n_routed_experts=experts or published.n_routed_experts, moe_intermediate_size=inner or published.moe_intermediate_size, vocab_size=256,
     )  # fmt: skip
+
+
+def _codes(shape: torch.Size, dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    low, high = (0, 256) if dtype == torch.uint8 else (-127, 128)
+    return torch.randint(low, high, shape, generator=g)
+
+
+def _stacked(p: Tensor, g: torch.Generator) -> Tensor:
+    """Values of a stack of matrices, one matrix at a time: what is drawn is four or eight times as large as what is kept."""
+    value = torch.empty(p.shape, dtype=p.dtype)
+    for matrix in value:
+        matrix.copy_(torch.randn(p.shape[1:], generator=g) * p.shape[-1] ** -0.5 if p.is_floating_point() else _codes(p.shape[1:], p.dtype, g))
+    return value
 
 
 def fill(module: nn.Module, device: torch.device, seed: int = 0) -> None:
     """Random parameters in place of those without storage."""
     g = torch.Generator().manual_seed(seed)
     for name, p in list(module.named_parameters()):
+        owner, _, last = name.rpartition(".")
         inputs = p.shape[-1] * (2 if p.dtype == torch.uint8 else 1)
-        if p.dtype in (torch.int8, torch.uint8):
-            low, high = (0, 256) if p.dtype == torch.uint8 else (-127, 128)
-            value = torch.randint(low, high, p.shape, generator=g)
+        if p.dim() == 3 and p.dtype in (torch.int8, torch.uint8, torch.float32, torch.bfloat16):
+            value = _stacked(p, g)
+        elif p.dtype in (torch.int8, torch.uint8):
+            value = _codes(p.shape, p.dtype, g)
         elif p.dtype == torch.float8_e8m0fnu:
             value = torch.full(p.shape, 2.0 ** (-8 if ".experts." in name else -6))
         elif name.endswith((".scale", ".s13", ".s2")):
@@ -46,12 +62,12 @@ def fill(module: nn.Module, device: torch.device, seed: int = 0) -> None:
         elif p.dtype == torch.float8_e4m3fn:
             value = torch.randn(p.shape, generator=g) * 64 * inputs**-0.5
         elif p.dtype == torch.int64:
-            value = torch.stack([torch.randperm(8, generator=g)[: p.shape[1]] for _ in range(p.shape[0])])
+            experts = module.get_submodule(owner).weight.shape[0]
+            value = torch.stack([torch.randperm(experts, generator=g)[: p.shape[1]] for _ in range(p.shape[0])])
         elif p.dim() == 1:
             value = torch.randn(p.shape, generator=g) * 0.2 + (1.0 if "norm" in name else 0.0)
         else:
             value = torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5
-        owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, nn.Parameter(value.to(p.dtype).to(device), requires_grad=False))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tools.bench import machine
+from tools.bench import machine, reading
 from tools.bench.own import Own
 from tools.bench.peer import Peer
 from v4.load import raw_read_gb_per_s
@@ -179,23 +178,20 @@ def measure_ops(own: Own, sizes: Sizes, say: Callable[[str], None]) -> list[dict
 
 
 def measure_load(directory: Path, say: Callable[[str], None], repeats: int = 8) -> dict[str, Any]:
-    """GB/s of loading the checkpoint and of reading it raw, file cache warm for both, taking turns; the best of each.
+    """GB/s of loading the checkpoint and of reading it raw, each in a new process, file cache warm for both, taking turns; medians.
 
     Raw is `v4.load.raw_read_gb_per_s`: every tensor read by safetensors into memory of its own and kept, as a model must keep it.
     """
     raw_read_gb_per_s(directory)
-    raw, load, size = [], [], sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in directory.glob("*.safetensors")) / 1e9
+    taken: dict[str, list[float]] = {"raw": [], "load": []}
     for _ in range(repeats):
-        raw.append(raw_read_gb_per_s(directory))
-        gc.collect()
-        began = time.perf_counter()
-        own = Own(directory)
-        load.append(size / 1e9 / (time.perf_counter() - began))
-        del own
-        gc.collect()
-    found = {"bytes": size, "raw_gb_per_s": max(raw), "load_gb_per_s": max(load)}
+        for way, rates in taken.items():
+            rates.append(size / reading.apart(directory, way)["seconds"])
+    raw, load = (statistics.median(taken[way]) for way in ("raw", "load"))
+    found = {"bytes": round(size * 1e9), "raw_gb_per_s": raw, "load_gb_per_s": load, "of_raw": load / raw}
     say(f"load: {found}")
-    return {**found, "of_raw": max(load) / max(raw)}
+    return found
 
 
 def run(directory: Path, sections: Sequence[str], sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:

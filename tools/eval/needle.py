@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -94,20 +95,20 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *map(_line, found["lengths"])])
 
 
-def draw(found: dict[str, Any], path: str) -> None:
-    """Heat map of accuracy: lengths across, depths down."""
+def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Heat map of accuracy: lengths across, depths down. rows: `lengths` of one or more reports with the same number of depths."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = found["lengths"]
+    rows = sorted(rows, key=lambda r: r["length"])
     shares = [[d["right"] / d["trials"] for d in row["by_depth"]] for row in rows]
     figure, axes = plt.subplots(figsize=(1.5 + 0.9 * len(rows), 4.2))
     image = axes.imshow(list(zip(*shares, strict=True)), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(rows)), [f"{r['length']}\n{r['accuracy']:.0%}" for r in rows])
+    axes.set_xticks(range(len(rows)), [f"{r['length']}\n{r['accuracy']:.1%}\nof {r['trials']}" for r in rows])
     axes.set_yticks(range(len(rows[0]["by_depth"])), [f"{d['depth']:.2f}" for d in rows[0]["by_depth"]])
-    axes.set(xlabel="context in tokens, accuracy", ylabel="depth (0: start)", title=f"needles found, {rows[0]['trials']} trials per length")
+    axes.set(xlabel="context in tokens, needles found, trials", ylabel="depth (0: start)", title="needles found")
     figure.colorbar(image)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.save).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1) if args.json else kind.text(found))
     if getattr(args, "picture", None):
-        needle.draw(found, args.picture)
+        needle.draw(found["lengths"], args.picture)
     if found["kind"] == "greedy" and found["wrong"]:
         print(f"v4 eval: {len(found['wrong'])} calls are wrong", file=sys.stderr)
         return 1

@@ -12,9 +12,10 @@ from v4.config import Config
 
 CARD = "README.md"
 PICTURE = "loss.png"
+NEEDLES = "needles.png"
 EVALUATION = "evaluation.json"
 LOG = "log.jsonl"
-OWN = {CARD, PICTURE, EVALUATION, LOG}
+OWN = {CARD, PICTURE, NEEDLES, EVALUATION, LOG}
 """Files that the card's command writes; every other file of the directory is in its manifest."""
 
 
@@ -26,7 +27,8 @@ def manifest(model: Path) -> list[tuple[str, int, str]]:
 
 def _how(found: dict[str, Any]) -> str:
     plants = f", fault planted: {', '.join(found['plants'])}" if found["plants"] else ""
-    return f"{found['backend']}, {found['dtype']}, {found['numerics']}, seed {found['seed']}{plants}"
+    invariant = ", batch-invariant" if found.get("batch_invariant") else ""
+    return f"{found['backend']}, {found['dtype']}, {found['numerics']}{invariant}, seed {found['seed']}{plants}"
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -48,6 +50,11 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         speed = found["tokens_per_second"]
         return [("drafts accepted, by place", places), ("speculative text", f"{same}; {speed['ratio']:.2f}x the tokens per second")]
     raise ValueError(f"report of kind {kind!r}: expected needle, perplexity, tools or drafts")
+
+
+def whole(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the needle reports in which nothing was planted."""
+    return [row for found in reports if found.get("kind") == "needle" and not found["plants"] for row in found["lengths"]]
 
 
 def card(model: Path, reports: Sequence[dict[str, Any]], log: Sequence[dict[str, Any]], command: str) -> str:
@@ -73,7 +80,9 @@ def card(model: Path, reports: Sequence[dict[str, Any]], log: Sequence[dict[str,
             f"- Training: `{command}`, {last['step']} steps; losses of the log's last line in nats per token: "
             + ", ".join(f"{n} {last[n]:.4f}" for n in names if n in last) + ".", "",
             f"![losses and needles found during training]({PICTURE})", "",
-            "## Evaluation", "", "| figure | value | how |", "|---|---|---|",
+            "## Evaluation", "",
+            *([f"![needles found by length and depth]({NEEDLES})", ""] if whole(reports) else []),
+            "| figure | value | how |", "|---|---|---|",
             *(f"| {name} | {value} | {how} |" for name, value, how in seen), "",
             "## Files", "", "| file | bytes | SHA-256 |", "|---|---|---|",
             *(f"| {name} | {n} | `{digest}` |" for name, n, digest in files), "",
@@ -91,6 +100,7 @@ def of_directory(model: Path) -> str:
 
 def write(model: Path, evaluation: Sequence[Path], log: Path, command: str) -> None:
     """Put log, reports, loss picture and card into the checkpoint directory. ValueError for wrong reports, before anything is written."""
+    from tools.eval import needle
     from tools.nano.plot import draw
 
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in evaluation]
@@ -99,4 +109,6 @@ def write(model: Path, evaluation: Sequence[Path], log: Path, command: str) -> N
     (model / LOG).write_text(text, encoding="utf-8")
     (model / EVALUATION).write_text(json.dumps({"command": command, "reports": reports}, indent=1) + "\n", encoding="utf-8")
     draw(str(log), str(model / PICTURE))
+    if rows := whole(reports):
+        needle.draw(rows, str(model / NEEDLES))
     (model / CARD).write_text(of_directory(model), encoding="utf-8")

@@ -8,17 +8,27 @@
 namespace {
 
 using v4::dots;
+using v4::kPage;
 
+// 2 <= tokens <= 4
 void row_times(const float* row, const float* x, long stride, long tokens, long k, float* out) {
   switch (tokens) {
-    case 1:
-      return dots<1, true>(row, x, stride, k, out);
     case 2:
-      return dots<2, true>(row, x, stride, k, out);
+      return dots<2, kPage>(row, x, stride, k, out);
     case 3:
-      return dots<3, true>(row, x, stride, k, out);
+      return dots<3, kPage>(row, x, stride, k, out);
     default:
-      return dots<4, true>(row, x, stride, k, out);
+      return dots<4, kPage>(row, x, stride, k, out);
+  }
+}
+
+// body(r, last) for the parts of first..end-1 between multiples of `length`
+template <class Body>
+void in_parts(long first, long end, long length, const Body& body) {
+  for (long r = first; r < end;) {
+    const long last = std::min(end, (r / length + 1) * length);
+    body(r, last);
+    r = last;
   }
 }
 
@@ -46,7 +56,8 @@ float gate_score(float logit) { return std::sqrt(logit > 20.0f ? logit : std::lo
 
 void score(const float* x, const float* w, float* scores, long experts, long d, int threads) {
   v4::spread_rows(threads, experts, d, [&](long first, long end) {
-    for (long e = first; e < end; ++e) scores[e] = gate_score(v4::row_dot(w + e * d, x, d));
+    v4::product(w + first * d, x, d, end - first, scores + first);
+    for (long e = first; e < end; ++e) scores[e] = gate_score(scores[e]);
   });
 }
 
@@ -64,6 +75,10 @@ extern "C" {
 void v4_linear(const float* x, const float* w, float* y, long tokens, long groups, long n, long k, int threads) {
   const long rows = groups * n;
   v4::spread_rows(threads, rows, k, [&](long first, long end) {
+    if (tokens == 1) {
+      in_parts(first, end, n, [&](long r, long last) { v4::product(w + r * k, x + r / n * k, k, last - r, y + r); });
+      return;
+    }
     float out[4];
     for (long r = first; r < end; ++r) {
       row_times(w + r * k, x + r / n * k, groups * k, tokens, k, out);
@@ -83,20 +98,20 @@ int v4_moe(const float* x, const int32_t* ids, const float* weights, const float
   const long choices = tokens * topk;
   std::vector<float> hidden(choices * 2 * width), part(choices * d);
   v4::spread_rows(threads, choices * 2 * width, d, [&](long first, long end) {
-    for (long r = first; r < end; ++r) {
+    in_parts(first, end, 2 * width, [&](long r, long last) {
       const long j = r / (2 * width), row = r % (2 * width);
-      hidden[r] = v4::row_dot(w13 + (ids[j] * 2 * width + row) * d, x + j / topk * d, d);
-    }
+      v4::product(w13 + (ids[j] * 2 * width + row) * d, x + j / topk * d, d, last - r, hidden.data() + r);
+    });
   });
   for (long j = 0; j < choices; ++j) {
     float* mine = hidden.data() + j * 2 * width;
     swiglu_row(mine, mine + width, mine, width, limit, weights[j]);
   }
   v4::spread_rows(threads, choices * d, width, [&](long first, long end) {
-    for (long r = first; r < end; ++r) {
+    in_parts(first, end, d, [&](long r, long last) {
       const long j = r / d;
-      part[r] = v4::row_dot(w2 + (ids[j] * d + r % d) * width, hidden.data() + j * 2 * width, width);
-    }
+      v4::product(w2 + (ids[j] * d + r % d) * width, hidden.data() + j * 2 * width, width, last - r, part.data() + r);
+    });
   });
   for (long t = 0; t < tokens; ++t) {
     std::copy(part.data() + t * topk * d, part.data() + (t * topk + 1) * d, y + t * d);

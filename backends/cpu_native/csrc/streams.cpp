@@ -44,7 +44,11 @@ void project(const float* streams, const float* fn, float* u, long tokens, long 
   for (long t = 0; t < tokens; ++t) factor[t] = v4::inverse_rms(streams + t * width, width, eps);
   v4::spread_rows(threads, rows, width, [&](long first, long end) {
     for (long r = first; r < end; ++r)
-      for (long t = 0; t < tokens; ++t) u[t * rows + r] = v4::row_dot(fn + r * width, streams + t * width, width) * factor[t];
+      for (long t = 0; t < tokens; ++t) {
+        float product;
+        v4::dots<1, v4::kPage>(fn + r * width, streams + t * width, 0, width, &product);
+        u[t * rows + r] = product * factor[t];
+      }
   });
 }
 

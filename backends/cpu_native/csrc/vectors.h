@@ -19,12 +19,11 @@ inline float total(Lanes v) {
   return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
-// Bytes that reading weights asks for in advance: the processor's own reading ahead stops at every page of 4 KiB.
-constexpr long kInAdvance = 4096;
+constexpr int kPage = 4096;
 
-// Dot products of one row of weights with T vectors that lie `stride` floats apart: the row is read from memory once. kStream: what
-// lies behind the row is wanted next.
-template <int T, bool kStream = false>
+// Dot products of one row with T vectors that lie `stride` floats apart: the row is read from memory once. kAhead: bytes that are
+// asked for in advance, since what lies behind the row is wanted next and the processor's own reading ahead stops at every page.
+template <int T, int kAhead = 0>
 inline void dots(const float* row, const float* x, long stride, long n, float* out) {
   constexpr int kSums = T == 1 ? 8 : T == 2 ? 4 : 2;  // in flight: enough for the latency of multiply-adds and of memory
   Lanes sum[T][kSums];
@@ -33,7 +32,7 @@ inline void dots(const float* row, const float* x, long stride, long n, float* o
   long i = 0;
   for (; i + kSums * kLanes <= n; i += kSums * kLanes)
     for (int u = 0; u < kSums; ++u) {
-      if constexpr (kStream) __builtin_prefetch(reinterpret_cast<const char*>(row + i + u * kLanes) + kInAdvance, 0, 2);
+      if constexpr (kAhead > 0) __builtin_prefetch(reinterpret_cast<const char*>(row + i + u * kLanes) + kAhead, 0, 2);
       const Lanes w = load(row + i + u * kLanes);
       for (int t = 0; t < T; ++t) sum[t][u] += w * load(x + t * stride + i + u * kLanes);
     }
@@ -49,16 +48,44 @@ inline void dots(const float* row, const float* x, long stride, long n, float* o
   }
 }
 
+// Dot products of R rows that lie one behind the other with one vector. Eight rows at once are eight streams for the memory, and
+// while they are multiplied the next eight are asked for. A row's sum does not depend on R.
+template <int R>
+inline void row_dots(const float* rows, const float* x, long n, float* out) {
+  constexpr int kSums = 2;
+  const long ahead = R * n;
+  Lanes sum[R][kSums];
+  for (auto& mine : sum)
+    for (Lanes& s : mine) s = Lanes{};
+  long i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes)
+    for (int u = 0; u < kSums; ++u) {
+      const Lanes these = load(x + i + u * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const float* w = rows + r * n + i + u * kLanes;
+        __builtin_prefetch(w + ahead, 0, 2);
+        sum[r][u] += load(w) * these;
+      }
+    }
+  for (; i + kLanes <= n; i += kLanes)
+    for (int r = 0; r < R; ++r) sum[r][0] += load(rows + r * n + i) * load(x + i);
+  float rest[R] = {};
+  for (; i < n; ++i)
+    for (int r = 0; r < R; ++r) rest[r] += rows[r * n + i] * x[i];
+  for (int r = 0; r < R; ++r) out[r] = total(sum[r][0] + sum[r][1]) + rest[r];
+}
+
+// out [count] = the products of `count` rows of weights, one behind the other, with x
+inline void product(const float* rows, const float* x, long n, long count, float* out) {
+  long r = 0;
+  for (; r + 8 <= count; r += 8) row_dots<8>(rows + r * n, x, n, out + r);
+  for (; r + 4 <= count; r += 4) row_dots<4>(rows + r * n, x, n, out + r);
+  for (; r < count; ++r) row_dots<1>(rows + r * n, x, n, out + r);
+}
+
 inline float dot(const float* a, const float* b, long n) {
   float out;
   dots<1>(a, b, 0, n, &out);
-  return out;
-}
-
-// dot of a row of weights, of which the next one follows in memory and will be read too
-inline float row_dot(const float* row, const float* x, long n) {
-  float out;
-  dots<1, true>(row, x, 0, n, &out);
   return out;
 }
 

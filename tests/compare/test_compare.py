@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 import v4
 from tests import tiny
-from tests.endpoint import LENGTHS, Endpoint, Reply, Row, Run, at, prompt_file, serving, shifted
+from tests.endpoint import LENGTHS, Endpoint, Reply, Row, Run, at, shifted
 from tools.compare import scoring
 from tools.compare.measure import divergence
 from tools.compare.prompts import Reader
@@ -33,34 +32,6 @@ _ROW = (
     "theirs begins"
 )
 SUMMARY, ROW = set(_SUMMARY.split()), set(_ROW.split())
-
-
-@pytest.fixture(scope="module")
-def model() -> v4.LoadedModel:
-    return v4.load(str(tiny.checkpoint("window-only")), backend="cpu", dtype=torch.float32, mtp=False)
-
-
-@pytest.fixture(scope="module")
-def server(model: v4.LoadedModel) -> Iterator[Endpoint]:
-    with serving(model) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def endpoint(server: Endpoint) -> Endpoint:
-    server.reset()
-    return server
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prompt_file(tmp_path_factory.mktemp("prompts"))
-
-
-@pytest.fixture
-def run(endpoint: Endpoint, prompts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr("tools.compare.client.MAX_PAUSE", 0.01)
-    return Run(endpoint, prompts, capsys)
 
 
 # ---- differences, and where they begin ------------------------------------------------------------------------------------------
@@ -84,7 +55,7 @@ def test_an_equal_deployment_is_within(run: Run, endpoint: Endpoint) -> None:
 
 
 def test_the_page_names_every_key() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "compare.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
     assert [key for key in sorted(HEAD | SUMMARY | ROW | {"prompts", "summary", "stopped"}) if f"`{key}`" not in page] == []
 
 

@@ -55,12 +55,6 @@ def server(talking: Path, tokenizer: Tokenizer) -> Iterator[Endpoint]:
         yield endpoint
 
 
-@pytest.fixture
-def endpoint(server: Endpoint) -> Endpoint:
-    server.reset()
-    return server
-
-
 @pytest.fixture(scope="module")
 def names(tokenizer: Tokenizer) -> Names:
     return Names(tokenizer, 129280)
