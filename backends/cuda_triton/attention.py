@@ -49,7 +49,8 @@ def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Pla
     warps = 8 if together == 64 else 4
     splits = max(min(blocks(_PROGRAMS, tokens * blocks(heads, together)), steps, _SPLITS), 1)
     if packed:
-        return Plan(together, 64, min(splits, blocks(steps, 2)), warps, 2)
+        splits = min(splits, blocks(steps, 2))
+        return Plan(together, 64, splits, warps, 3 if splits == 1 else 2, chosen and splits == 1)
     # three stages: an index and a table entry are read before the row that they name; 64 rows a step pay, spills included, once their
     # places need no registers
     placed = chosen and splits == 1
@@ -150,8 +151,8 @@ def _sparse_attention(
     most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
     launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed, kind == 2)
     listed = tables[2]
-    if launch.placed and kind == 2 and not packed:
-        kind, listed = 3, _places(tables, cu, start, window_cache, entries, chosen, window, unit, row)
+    if launch.placed and kind == 2:
+        kind, listed = 3, _places(tables, cu, start, window_cache, entries, chosen, window, unit, row, scale_bytes)
     out = torch.empty_like(q_THC)
     wide = power(channels, 16)
     if launch.splits == 1:
@@ -177,15 +178,16 @@ def _sparse_attention(
 
 
 def _places(
-    tables: list[Tensor], cu: Tensor, start: Tensor, window_cache: Tensor, entries: Tensor, chosen: int, window: int, unit: int, row: int
-) -> Tensor:
-    """Where the rows of every token begin [T, k + window], -1 where there is none."""
+    tables: list[Tensor], cu: Tensor, start: Tensor, window_cache: Tensor, entries: Tensor, chosen: int, window: int, unit: int, row: int,
+    scales: int,
+) -> Tensor:  # fmt: skip
+    """Where the rows of every token begin [T, 1, k + window], -1 where there is none; with scales [T, 2, k + window], theirs too."""
     window_table, entry_table, index = tables
     tokens, batch, block = index.shape[0], start.shape[0], 256
-    out = torch.empty(tokens, chosen + window, dtype=torch.int32, device=index.device)
+    out = torch.empty(tokens, 2 if scales else 1, chosen + window, dtype=torch.int32, device=index.device)
     kernels("attention").places[(tokens, blocks(chosen + window, block))](
         index, window_table, entry_table, cu, start, out, batch, window, window_table.shape[1], window_cache.stride(0) // unit,
         entry_table.shape[1], entries.stride(0) // unit, chosen, WINDOW_PER_BLOCK=window_cache.shape[1], CMP_PER_BLOCK=entries.shape[1],
-        ROW_UNITS=row // unit, BATCH=power(batch), BLOCK=block, num_warps=2,
+        ROW_UNITS=row // unit, SCALE_UNITS=scales // unit, PACKED=scales > 0, BATCH=power(batch), BLOCK=block, num_warps=2,
     )  # fmt: skip
     return out

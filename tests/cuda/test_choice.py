@@ -58,19 +58,21 @@ def test_the_same_as_a_stable_sort(
     monkeypatch: pytest.MonkeyPatch, kind: str, whole: int, group: int, topk: int, count: int
 ) -> None:
     """0, 1, 2 and 6 levels of peaks, the last of which takes two launches of them."""
-    monkeypatch.setattr(choice, "_WHOLE", whole)
-    monkeypatch.setattr(choice, "_GROUP", group)
+    plan = choice.Sizes(whole, group, 512)
+    monkeypatch.setattr(choice, "sizes", lambda *counts: plan)
     monkeypatch.setattr(choice, "_READ", 256)
     score = rows(kind)
-    assert len(choice.levels(PITCH, topk)) == count
+    assert len(choice.levels(PITCH, plan)) == count
     seen = [PITCH - 10 + t for t in range(6)]
     assert torch.equal(chosen(score, seen[0], topk), expected(score, seen, topk))
 
 
+@pytest.mark.parametrize("few", [0, 8])
 @pytest.mark.parametrize("first", [0, 1, 5, 63, 64, 250])
-def test_what_is_not_visible_is_not_chosen(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
-    monkeypatch.setattr(choice, "_WHOLE", 64)
+def test_what_is_not_visible_is_not_chosen(monkeypatch: pytest.MonkeyPatch, first: int, few: int) -> None:
+    monkeypatch.setattr(choice, "sizes", lambda *counts: choice.Sizes(64, 8, 512))
     monkeypatch.setattr(choice, "_READ", 128)
+    monkeypatch.setattr(choice, "_FEW", few)
     score = rows("whole numbers")
     seen = [first + t for t in range(6)]
     for t, n in enumerate(seen):
@@ -84,7 +86,7 @@ def test_what_is_not_visible_is_not_chosen(monkeypatch: pytest.MonkeyPatch, firs
 def test_the_built_in_sizes(topk: int) -> None:
     g = torch.Generator().manual_seed(1)
     score = torch.randn(2, 20000, generator=g).round(decimals=2)
-    assert len(choice.levels(20000, topk)) > 1
+    assert len(choice.levels(20000, choice.sizes(2, topk))) > 1
     assert torch.equal(chosen(score, 19990, topk), expected(score, [19990, 19991], topk))
 
 

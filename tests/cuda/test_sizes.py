@@ -47,7 +47,7 @@ def test_choices_of_long_rows_go_through_groups(monkeypatch: pytest.MonkeyPatch)
         counted.append(kwargs["LEVELS"])
         return run(*args, grid=grid, **kwargs)
 
-    monkeypatch.setattr(choice, "_WHOLE", 16)
+    monkeypatch.setattr(choice, "sizes", lambda *counts: choice.Sizes(16, 2, 512))
     monkeypatch.setattr(choice, "_READ", 64)
     monkeypatch.setattr(choice.kernels("choice").peaks, "run", counting)
     names = ("decode", "chunk", "ties", "ties-equal", "ties-fp4", "fp8-keys", "ragged")
@@ -64,8 +64,9 @@ def test_scores_are_taken_in_turns_where_they_would_not_fit(monkeypatch: pytest.
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("op", ["grouped_experts", "grouped_experts_fp4"])
 def test_experts_with_tiles_of_either_height(monkeypatch: pytest.MonkeyPatch, op: str, rows: int) -> None:
-    sizes = {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    monkeypatch.setattr(experts, "_plan", lambda *counts: dict(sizes))
+    sizes = {"BLOCK_M": rows, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    monkeypatch.setattr(experts, "_plan", lambda *counts: {**sizes, "BLOCK_N": 128})
+    monkeypatch.setattr(experts, "_fp4_plan", lambda *counts: dict(sizes))
     assert judged(op, "many", "many-plain", "all-on-one", "odd", "one") >= 4
 
 
@@ -86,7 +87,11 @@ def test_rows_are_rounded_to_float8_as_the_reference_rounds_them() -> None:
         x[i, 4:100] = top * 2.0**-16 * torch.randn(96, generator=g)
     x = x.bfloat16()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = torch.empty_like(x, device=device)
-    experts.kernels("experts").prepare[(64, 1)](x.to(device), out, 256, QUANTIZE=True, BLOCK=256, num_warps=4)
-    expected = roundtrip_activation(x, torch.float64)
-    assert torch.equal(out.cpu().double(), torch.cat((expected[:, 0::2], expected[:, 1::2]), dim=1))
+    # tiles of 16 rows of experts with 40, 0 and 24 rows, channels first
+    counts = torch.tensor([40, 0, 24], device=device)
+    out = torch.empty(5, 256, 16, dtype=BF16, device=device)
+    experts.kernels("experts_fp4").prepare[(2, 5)](
+        x.to(device), counts, out, 3, 256, QUANTIZE=True, EXPERTS=4, BLOCK_M=16, BLOCK=128, num_warps=4
+    )
+    rows = torch.cat([tile.T[:n] for tile, n in zip(out.cpu(), (16, 16, 8, 16, 8), strict=True)])
+    assert torch.equal(rows.double(), roundtrip_activation(x, torch.float64))
