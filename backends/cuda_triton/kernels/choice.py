@@ -23,7 +23,7 @@ Rows that a machine works on at a time, and peaks above all, stay in its L2 of 5
 
 The k-th largest of the values that a program holds is found by narrowing an interval of integers that order as the scores do. It begins
 at the threshold of the level above, which k groups reach, and ends as soon as a threshold cuts off k values exactly. One program goes
-through all levels of its row: the length of the row is looked up once, and the threshold and the largest value stay in registers.
+through all levels of its row: the length of the row is looked up once, and the threshold and the largest value stay in registers. The highest level begins at the smallest of the largest keys of fours.
 
 Shapes: E values of a program, G columns of a group, k chosen, C columns.
 """
@@ -112,7 +112,7 @@ def _peaks_at(columns: tl.tensor, LEVEL: tl.constexpr, GROUP: tl.constexpr) -> t
 def _threshold(key_E: tl.tensor, low: tl.tensor, high: tl.tensor, wanted: tl.tensor, reach: tl.tensor) -> tl.tensor:
     """(threshold that `wanted` keys reach, keys that reach it, keys above the interval that was left).
 
-    `low` is reached by `reach` >= `wanted` keys, `high` is the largest. Two thresholds are counted a round: on both sides of where the wanted
+    `low` is reached by `wanted` keys or more, by `reach` at most, and `high` is the largest. Two thresholds are counted a round: on both sides of where the wanted
     key lies if keys are spread evenly between `low` and `high`, as far apart as chance asks for; after a round that has not halved the keys
     in between, at thirds of the interval. It ends at a threshold that exactly `wanted` keys reach or at one integer.
     """
@@ -231,13 +231,17 @@ def choose(
     if not EAGER:
         key_F = _values(score_ptr, peak_ptr, columns, first_F, first_F * SPAN < visible, LEVELS, GROUP)
     valid_F = first_F * SPAN < visible
-    low = tl.min(tl.where(valid_F, key_F, _HIGHEST), axis=0)
     # what does not count is below all that does, which is never the lowest integer
     key_F = tl.where(valid_F, key_F, _LOWEST)
+    # of k groups or more every one has a key that reaches the smallest of their largest: far better than the smallest key
+    peak_Q = tl.max(tl.reshape(key_F, (BLOCK_TOP // 4, 4)), axis=1)
+    count = (visible + SPAN - 1) // SPAN
+    low = tl.min(tl.where(peak_Q > _LOWEST, peak_Q, _HIGHEST), axis=0)
+    low = tl.where((count + 3) // 4 >= topk, low, _LOWEST + 1)
     # the largest peak is the largest score
-    high = tl.max(key_F, axis=0)
+    high = tl.max(peak_Q, axis=0)
     target_ptr = out_ptr if LEVELS == 0 else passed_ptr + (LEVELS - 1) * topk
-    low = _settle(target_ptr, key_F, first_F, low, high, (visible + SPAN - 1) // SPAN, topk, BLOCK_TOP, BLOCK_K)
+    low = _settle(target_ptr, key_F, first_F, low, high, count, topk, BLOCK_TOP, BLOCK_K)
     place_E = tl.arange(0, BLOCK_E)
     from_E = place_E // GROUP
     for i in tl.static_range(1, LEVELS + 1):
