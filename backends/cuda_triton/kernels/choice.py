@@ -15,15 +15,15 @@ G = 8, k = 512, at 3.35 TB/s:
     1 x 1048576     3        4.9 MB     1.5            4.2 MB, 1.3 us
     128 x 8192      0        4.5 MB     1.3            4.2 MB, 1.3 us
 
-Beside memory stand L + 1 choices one after the other. A round of one is 78 instructions for each of 8 warps (4096 values), 160 clocks of a
-multiprocessor, and some 20 are needed: 2 to 4 us where each row has a multiprocessor; at 4096 rows, 31 a multiprocessor, 100 to 150 us in all,
-as far as they do not run beside memory. So 230 to 380, 55 to 65, 12 to 20 and 3 to 5 us are expected.
+Beside memory stand L + 1 choices one after the other, of some 7 rounds at the highest level and 5 below where scores are normal (counted in a
+simulation; halving the interval takes 19 and 11).
 
 Rows that a machine works on at a time, and peaks above all, stay in its L2 of 50 MB, so less than this comes from memory.
 
 The k-th largest of the values that a program holds is found by narrowing an interval of integers that order as the scores do. It begins
 at the threshold of the level above, which k groups reach, and ends as soon as a threshold cuts off k values exactly. One program goes
-through all levels of its row: the length of the row is looked up once, and the threshold and the largest value stay in registers. The highest level begins at the smallest of the largest keys of fours.
+through all levels of its row: the length of the row is looked up once, and the threshold and the largest value stay in registers. The highest
+level begins at the smallest of the largest keys of fours.
 
 Shapes: E values of a program, G columns of a group, k chosen, C columns.
 """
@@ -112,9 +112,10 @@ def _peaks_at(columns: tl.tensor, LEVEL: tl.constexpr, GROUP: tl.constexpr) -> t
 def _threshold(key_E: tl.tensor, low: tl.tensor, high: tl.tensor, wanted: tl.tensor, reach: tl.tensor) -> tl.tensor:
     """(threshold that `wanted` keys reach, keys that reach it, keys above the interval that was left).
 
-    `low` is reached by `wanted` keys or more, by `reach` at most, and `high` is the largest. Two thresholds are counted a round: on both sides of where the wanted
-    key lies if keys are spread evenly between `low` and `high`, as far apart as chance asks for; after a round that has not halved the keys
-    in between, at thirds of the interval. It ends at a threshold that exactly `wanted` keys reach or at one integer.
+    `low` is reached by `wanted` keys or more, by `reach` at most, and `high` is the largest. Two thresholds are counted a round: on both
+    sides of where the wanted key lies if keys are spread evenly between `low` and `high`, as far apart as chance asks for; after a round
+    that has not halved the keys in between, at thirds of the interval. It ends at a threshold that exactly `wanted` keys reach or at one
+    integer.
     """
     over = wanted * 0
     even = over == 0
