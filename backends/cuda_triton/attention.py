@@ -36,6 +36,8 @@ class Plan:
     stages: int
     placed: bool = False
     """Whether a kernel of its own finds the rows of chosen entries first."""
+    by_hand: bool = False
+    """Whether the kernel with layouts by hand takes it: placed rows of 512 bf16 channels, heads in 64s."""
 
 
 def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Plan:
@@ -154,6 +156,12 @@ def _sparse_attention(
     if launch.placed and kind == 2:
         kind, listed = 3, _places(tables, cu, start, window_cache, entries, chosen, window, unit, row, scale_bytes)
     out = torch.empty_like(q_THC)
+    if launch.by_hand and kind == 3 and not packed and channels == WIDEST and heads % 64 == 0 and align == 16:
+        kernels("attention_hopper").attend_placed[(tokens, heads // 64)](
+            q_THC, window_cache, entries, listed, sink_H, out, heads, chosen, window, scale, UNIT=unit, H=64, C=channels, N=launch.rows,
+            num_warps=launch.warps,
+        )  # fmt: skip
+        return out
     wide = power(channels, 16)
     if launch.splits == 1:
         parts, sums = out, sink_H

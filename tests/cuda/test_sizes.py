@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from backends.cuda_triton import attention, choice, experts, hyper, indexer
+from ops.contract import Sample
 from ops.experts_math import roundtrip_activation
 from ops.judge import judge
 from tests.cuda.test_kernels import impl_of, runnable, taken
+from tools.bench import cuda_attention
+from tools.bench.cuda_cases import Widths
 
 BF16 = torch.bfloat16
 
@@ -28,6 +31,23 @@ def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, head
     monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(heads, rows, splits, 4, 2, placed))
     names = ("window-edges", "ragged-csa", "csa-sentinels", "hca-128", "large-sinks", "sharp", "flash-csa", "packed-csa", "packed-hca")
     assert judged("sparse_attention", *names) == len(names)
+
+
+@pytest.mark.parametrize("batch,new,context", [(1, 3, 100), (2, 1, 3), (1, 2, 400), (3, 1, 300)])
+def test_attention_with_layouts_by_hand(monkeypatch: pytest.MonkeyPatch, batch: int, new: int, context: int) -> None:
+    """Contexts shorter than the window, rows that are not there, one and several tiles of 64; 128 heads are two programs."""
+    contract, impl = impl_of("sparse_attention")
+    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(64, 64, 1, 8, 3, True, True))
+    case = cuda_attention.attention(Widths(heads=128 if batch == 2 else 64, topk=20), "csa", batch, new, context)
+    inputs = case.make(torch.Generator().manual_seed(0))
+    launched = []
+    run = attention.kernels("attention_hopper").attend_placed.run
+    monkeypatch.setattr(
+        attention.kernels("attention_hopper").attend_placed, "run", lambda *a, **k: (launched.append(k["grid"]), run(*a, **k))[1]
+    )
+    verdict = judge(contract, runnable(contract, impl), Sample(case.name, inputs.args, inputs.kwargs))
+    assert verdict.ok, str(verdict)
+    assert launched == [(batch * new, 2 if batch == 2 else 1)]
 
 
 def test_a_plan_splits_few_queries_and_leaves_many_whole() -> None:
