@@ -37,7 +37,7 @@ class Plan:
     placed: bool = False
     """Whether a kernel of its own finds the rows of chosen entries first."""
     by_hand: bool = False
-    """Whether the kernel with layouts by hand takes it: placed rows of 512 bf16 channels, heads in 64s."""
+    """Whether the kernel with layouts by hand takes it if it can: rows of 512 bf16 channels, heads in 64s."""
 
 
 def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Plan:
@@ -152,13 +152,15 @@ def _sparse_attention(
     chosen = 0 if cmp_index is None else cmp_index.shape[1]
     most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
     launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed, kind == 2)
-    listed = tables[2]
-    if launch.placed and kind == 2:
-        kind, listed = 3, _places(tables, cu, start, window_cache, entries, chosen, window, unit, row, scale_bytes)
+    listed, rows = tables[2], None
+    by_hand = launch.by_hand and not packed and channels == WIDEST and heads % 64 == 0 and align == 16
+    if by_hand or launch.placed and kind == 2:
+        listed, rows = _places(tables, cu, start, window_cache, entries, most, window, unit, row, scale_bytes, tokens, max(ratio, 1), kind == 2)
+        kind = 3
     out = torch.empty_like(q_THC)
-    if launch.by_hand and kind == 3 and not packed and channels == WIDEST and heads % 64 == 0 and align == 16:
+    if by_hand:
         kernels("attention_hopper").attend_placed[(tokens, heads // 64)](
-            q_THC, window_cache, entries, listed, sink_H, out, heads, chosen, window, scale, UNIT=unit, H=64, C=channels, N=launch.rows,
+            q_THC, window_cache, entries, listed, rows, sink_H, out, heads, most + window, scale, UNIT=unit, H=64, C=channels, N=launch.rows,
             num_warps=launch.warps,
         )  # fmt: skip
         return out
@@ -186,16 +188,18 @@ def _sparse_attention(
 
 
 def _places(
-    tables: list[Tensor], cu: Tensor, start: Tensor, window_cache: Tensor, entries: Tensor, chosen: int, window: int, unit: int, row: int,
-    scales: int,
-) -> Tensor:  # fmt: skip
-    """Where the rows of every token begin [T, 1, k + window], -1 where there is none; with scales [T, 2, k + window], theirs too."""
+    tables: list[Tensor], cu: Tensor, start: Tensor, window_cache: Tensor, entries: Tensor, most: int, window: int, unit: int, row: int,
+    scales: int, tokens: int, ratio: int, chosen: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where the rows of every token begin [T, 1, most + window], with scales [T, 2, most + window]; how many entries and rows [T, 2]."""
     window_table, entry_table, index = tables
-    tokens, batch, block = index.shape[0], start.shape[0], 256
-    out = torch.empty(tokens, 2 if scales else 1, chosen + window, dtype=torch.int32, device=index.device)
-    kernels("attention").places[(tokens, blocks(chosen + window, block))](
-        index, window_table, entry_table, cu, start, out, batch, window, window_table.shape[1], window_cache.stride(0) // unit,
-        entry_table.shape[1], entries.stride(0) // unit, chosen, WINDOW_PER_BLOCK=window_cache.shape[1], CMP_PER_BLOCK=entries.shape[1],
-        ROW_UNITS=row // unit, SCALE_UNITS=scales // unit, PACKED=scales > 0, BATCH=power(batch), BLOCK=block, num_warps=2,
+    batch, block = start.shape[0], 256
+    out = torch.empty(tokens, 2 if scales else 1, most + window, dtype=torch.int32, device=window_cache.device)
+    rows = torch.empty(tokens, 2, dtype=torch.int32, device=window_cache.device)
+    kernels("attention").places[(tokens, blocks(most + window, block))](
+        index, window_table, entry_table, cu, start, out, rows, batch, window, window_table.shape[1], window_cache.stride(0) // unit,
+        entry_table.shape[1], entries.stride(0) // unit, most, ratio, CHOSEN=chosen, WINDOW_PER_BLOCK=window_cache.shape[1],
+        CMP_PER_BLOCK=entries.shape[1], ROW_UNITS=row // unit, SCALE_UNITS=scales // unit, PACKED=scales > 0, BATCH=power(batch),
+        BLOCK=block, num_warps=2,
     )  # fmt: skip
-    return out
+    return out, rows

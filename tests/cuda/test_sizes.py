@@ -33,12 +33,13 @@ def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, head
     assert judged("sparse_attention", *names) == len(names)
 
 
+@pytest.mark.parametrize("kind", ["swa", "csa", "hca"])
 @pytest.mark.parametrize("batch,new,context", [(1, 3, 100), (2, 1, 3), (1, 2, 400), (3, 1, 300)])
-def test_attention_with_layouts_by_hand(monkeypatch: pytest.MonkeyPatch, batch: int, new: int, context: int) -> None:
+def test_attention_with_layouts_by_hand(monkeypatch: pytest.MonkeyPatch, batch: int, new: int, context: int, kind: str) -> None:
     """Contexts shorter than the window, rows that are not there, one and several tiles of 64; 128 heads are two programs."""
     contract, impl = impl_of("sparse_attention")
     monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(64, 64, 1, 8, 3, True, True))
-    case = cuda_attention.attention(Widths(heads=128 if batch == 2 else 64, topk=20), "csa", batch, new, context)
+    case = cuda_attention.attention(Widths(heads=128 if batch == 2 else 64, topk=20), kind, batch, new, context)
     inputs = case.make(torch.Generator().manual_seed(0))
     launched = []
     run = attention.kernels("attention_hopper").attend_placed.run

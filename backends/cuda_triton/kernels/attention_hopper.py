@@ -4,7 +4,7 @@ Triton gives a product whose result feeds another one a single column of warps: 
 and with its pipeline the next rows are asked for only after the scores of this step. Here each group computes half of the scores, and a tile of
 rows is asked for as soon as the product before has left its buffer, a whole step ahead.
 
-Shapes: H heads of a program, C channels, N rows of a step, T tokens, k chosen entries, w window.
+Shapes: H heads of a program, C channels, N rows of a step, T tokens, L places listed for a token.
 """
 
 from triton.experimental import gluon
@@ -45,25 +45,29 @@ def attend_placed(
     window_ptr: gl.tensor,
     cmp_ptr: gl.tensor,
     unit_ptr: gl.tensor,
+    rows_ptr: gl.tensor,
     sink_ptr: gl.tensor,
     out_ptr: gl.tensor,
     heads: gl.tensor,
-    entries: gl.tensor,
-    window: gl.tensor,
+    length: gl.tensor,
     scale: gl.tensor,
     UNIT: gl.constexpr,
     H: gl.constexpr,
     C: gl.constexpr,
     N: gl.constexpr,
 ) -> None:
-    """One token (program_id(0)) and H heads (1): out bf16 [T, heads, C] over the rows that `places` has written to `unit` [T, k + w]."""
+    """One token (program_id(0)) and H heads (1): out bf16 [T, heads, C] over the rows that `places` has written to `unit` [T, L].
+
+    `rows` [T, 2]: entries in front of the token's window, and rows in all.
+    """
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, N // 2, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     token = gl.program_id(0)
-    rows = entries + window
-    unit_ptr += token.to(gl.int64) * rows
+    entries = gl.load(rows_ptr + token * 2)
+    rows = gl.load(rows_ptr + token * 2 + 1)
+    unit_ptr += token.to(gl.int64) * length
     # a token's window begins with a row that is there
     spare = gl.load(unit_ptr + entries)
     q_ptr += (token.to(gl.int64) * heads + gl.program_id(1) * H) * C
