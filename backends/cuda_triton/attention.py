@@ -154,7 +154,7 @@ def _sparse_attention(
     launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed, kind == 2)
     listed, rows = tables[2], None
     by_hand = launch.by_hand and not packed and channels == WIDEST and heads % 64 == 0 and align == 16
-    if by_hand or launch.placed and kind == 2:
+    if by_hand or (launch.placed and kind == 2):
         listed, rows = _places(tables, cu, start, window_cache, entries, most, window, unit, row, scale_bytes, tokens, max(ratio, 1), kind == 2)
         kind = 3
     out = torch.empty_like(q_THC)

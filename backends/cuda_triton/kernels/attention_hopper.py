@@ -15,8 +15,7 @@ _LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _ask(
-    tile: gl.shared_memory_descriptor,
+def _rows(
     unit_ptr: gl.tensor,
     window_ptr: gl.tensor,
     cmp_ptr: gl.tensor,
@@ -26,14 +25,18 @@ def _ask(
     spare: gl.tensor,
     UNIT: gl.constexpr,
     N: gl.constexpr,
-    C: gl.constexpr,
     LAYOUT: gl.constexpr,
-) -> None:
-    """Begin to copy the rows [N, C] of a step; a row that is not there is replaced by `spare`, a row of the window, and gets no weight."""
+) -> gl.tensor:
+    """Pointers to the rows [N] of a step; a row that is not there is replaced by `spare`, a row of the window, and gets no weight."""
     place_N = step * N + gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
     unit_N = gl.load(unit_ptr + place_N, mask=place_N < rows, other=-1)
     row_N = gl.where((place_N < entries) & (unit_N >= 0), cmp_ptr, window_ptr)
-    row_N += gl.where(unit_N >= 0, unit_N, spare).to(gl.int64) * UNIT
+    return row_N + gl.where(unit_N >= 0, unit_N, spare).to(gl.int64) * UNIT
+
+
+@gluon.jit
+def _ask(tile: gl.shared_memory_descriptor, row_N: gl.tensor, C: gl.constexpr, LAYOUT: gl.constexpr) -> None:
+    """Begin to copy rows [N, C]."""
     channel_C = gl.arange(0, C, gl.SliceLayout(0, LAYOUT))
     async_copy.async_copy_global_to_shared(tile, row_N[:, None] + channel_C[None, :])
     async_copy.commit_group()
@@ -76,21 +79,21 @@ def attend_placed(
     tiles = gl.allocate_shared_memory(gl.bfloat16, [2, N, C], SHARED)
     at_HC = gl.arange(0, H, gl.SliceLayout(1, ROWS))[:, None] * C + gl.arange(0, C, gl.SliceLayout(0, ROWS))[None, :]
     async_copy.async_copy_global_to_shared(q_HC, q_ptr + at_HC)
-    _ask(tiles.index(0), unit_ptr, window_ptr, cmp_ptr, 0, entries, rows, spare, UNIT, N, C, ROWS)
-    _ask(tiles.index(1), unit_ptr, window_ptr, cmp_ptr, 1, entries, rows, spare, UNIT, N, C, ROWS)
+    _ask(tiles.index(0), _rows(unit_ptr, window_ptr, cmp_ptr, 0, entries, rows, spare, UNIT, N, ROWS), C, ROWS)
+    _ask(tiles.index(1), _rows(unit_ptr, window_ptr, cmp_ptr, 1, entries, rows, spare, UNIT, N, ROWS), C, ROWS)
     scale = scale * _LOG2E
     top_H = gl.full([H], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
     mass_H = gl.full([H], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
     acc_HC = gl.zeros([H, C], gl.float32, SUMS)
     for i in range(0, gl.cdiv(rows, N)):
-        place_N = i * N + gl.arange(0, N, gl.SliceLayout(0, SCORES))
-        unit_N = gl.load(unit_ptr + place_N, mask=place_N < rows, other=-1)
         tile = tiles.index(i % 2)
         # the copies of this step by all threads, seen by the products
         async_copy.wait_group(1)
         fence_async_shared()
         gl.thread_barrier()
         logit_HN = warpgroup_mma(q_HC, tile.permute((1, 0)), gl.zeros([H, N], gl.float32, SCORES), use_acc=False, is_async=True)
+        place_N = i * N + gl.arange(0, N, gl.SliceLayout(0, SCORES))
+        unit_N = gl.load(unit_ptr + place_N, mask=place_N < rows, other=-1)
         logit_HN = warpgroup_mma_wait(0, deps=[logit_HN])
         logit_HN = gl.where((unit_N >= 0)[None, :], logit_HN * scale, float("-inf"))
         higher_H = gl.maximum(top_H, gl.max(logit_HN, axis=1))
@@ -101,10 +104,12 @@ def attend_placed(
         weight_HN = gl.convert_layout(weight_HN.to(gl.bfloat16), gl.DotOperandLayout(0, SUMS, 2))
         acc_HC = acc_HC * gl.convert_layout(shrink_H, gl.SliceLayout(1, SUMS))[:, None]
         acc_HC = warpgroup_mma(weight_HN, tile, acc_HC, is_async=True)
+        # looked up while the product runs
+        row_N = _rows(unit_ptr, window_ptr, cmp_ptr, i + 2, entries, rows, spare, UNIT, N, ROWS)
         acc_HC = warpgroup_mma_wait(0, deps=[acc_HC])
         # both groups have read the tile
         gl.thread_barrier()
-        _ask(tile, unit_ptr, window_ptr, cmp_ptr, i + 2, entries, rows, spare, UNIT, N, C, ROWS)
+        _ask(tile, row_N, C, ROWS)
     async_copy.wait_group(0)
     sink_H = gl.load(sink_ptr + gl.program_id(1) * H + gl.arange(0, H, gl.SliceLayout(1, SCORES))) * _LOG2E
     higher_H = gl.maximum(top_H, sink_H)
