@@ -159,7 +159,9 @@ def _sparse_attention(
         kind = 3
     out = torch.empty_like(q_THC)
     if by_hand:
-        kernels("attention_hopper").attend_placed[(tokens, heads // 64)](
+        module = kernels("attention_hopper")
+        kernel = module.attend_ahead if launch.rows == 32 else module.attend_placed
+        kernel[(tokens, heads // 64)](
             q_THC, window_cache, entries, listed, rows, sink_H, out, heads, most + window, scale, UNIT=unit, H=64, C=channels, N=launch.rows,
             num_warps=launch.warps,
         )  # fmt: skip

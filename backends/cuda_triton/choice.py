@@ -35,7 +35,7 @@ class Sizes:
 
 def sizes(rows: int, topk: int) -> Sizes:
     """Sizes for so many rows; chosen by measurement on an H100 (docs/performance.md)."""
-    whole, group, per_warp = (4096, 4, 512) if rows > 1024 else (8192, 8, 256 if rows <= _FEW else 512)
+    whole, group, per_warp = (4096, 4, 512) if rows > 1024 else (8192, 8, 512)
     # k groups fill at most what a program holds
     return Sizes(whole, max(min(group, whole // power(topk)), 2), per_warp)
 

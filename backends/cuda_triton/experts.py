@@ -28,8 +28,11 @@ def _plan(rows: int, experts: int) -> dict[str, int]:
 
 def _fp4_plan(rows: int, experts: int) -> dict[str, int]:
     """As _plan, of all three kernels; a program has 128 columns of gate and of up, which are rounded together, or 256 of the way back."""
+    if rows < experts // 4:
+        # so few programs that each has a multiprocessor to itself: more warps, longer steps
+        return {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 8, "num_stages": 3}
     if rows < 24 * experts:
-        return {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+        return {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
 
 

@@ -44,6 +44,10 @@ class _Shared:
         """A copy has arrived."""
         self._held[0] = value
 
+    def store(self, value: Any) -> None:
+        """Written by the program itself."""
+        self.put(value)
+
     def value(self) -> Any:
         """What it holds."""
         return tl.trans(self._held[0]) if self._transposed else self._held[0]
@@ -105,6 +109,7 @@ def _language() -> types.SimpleNamespace:
         constexpr=tl.constexpr, tensor=tl.tensor, shared_memory_descriptor=_Shared, bfloat16=tl.bfloat16, float32=tl.float32, int32=tl.int32,
         int64=tl.int64, program_id=same("program_id", 1), arange=same("arange", 2), load=same("load", 1), store=same("store", 2),
         where=same("where", 3), maximum=same("maximum", 2), max=same("max", 1), sum=same("sum", 1), exp2=same("exp2", 1), cdiv=same("cdiv", 2),
+        static_range=range,
         full=lambda shape, value, dtype, layout: tl.full(tuple(shape), value, dtype),
         zeros=lambda shape, dtype, layout: tl.zeros(tuple(shape), dtype), convert_layout=lambda value, layout: value,
         allocate_shared_memory=lambda dtype, shape, layout: _Shared(list(shape), dtype), thread_barrier=lambda: None, SliceLayout=_no_layout,

@@ -33,19 +33,22 @@ def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, head
     assert judged("sparse_attention", *names) == len(names)
 
 
+@pytest.mark.parametrize("rows", [32, 64])
 @pytest.mark.parametrize("kind", ["swa", "csa", "hca"])
 @pytest.mark.parametrize("batch,new,context", [(1, 3, 100), (2, 1, 3), (1, 2, 400), (3, 1, 300)])
-def test_attention_with_layouts_by_hand(monkeypatch: pytest.MonkeyPatch, batch: int, new: int, context: int, kind: str) -> None:
-    """Contexts shorter than the window, rows that are not there, one and several tiles of 64; 128 heads are two programs."""
+def test_attention_with_layouts_by_hand(
+    monkeypatch: pytest.MonkeyPatch, batch: int, new: int, context: int, kind: str, rows: int
+) -> None:
+    """Contexts shorter than the window, rows that are not there, one and several tiles; 128 heads are two programs."""
     contract, impl = impl_of("sparse_attention")
-    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(64, 64, 1, 8, 3, True, True))
+    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(64, rows, 1, 8, 3, True, True))
     case = cuda_attention.attention(Widths(heads=128 if batch == 2 else 64, topk=20), kind, batch, new, context)
     inputs = case.make(torch.Generator().manual_seed(0))
     launched = []
-    run = attention.kernels("attention_hopper").attend_placed.run
-    monkeypatch.setattr(
-        attention.kernels("attention_hopper").attend_placed, "run", lambda *a, **k: (launched.append(k["grid"]), run(*a, **k))[1]
-    )
+    module = attention.kernels("attention_hopper")
+    kernel = module.attend_ahead if rows == 32 else module.attend_placed
+    run = kernel.run
+    monkeypatch.setattr(kernel, "run", lambda *a, **k: (launched.append(k["grid"]), run(*a, **k))[1])
     verdict = judge(contract, runnable(contract, impl), Sample(case.name, inputs.args, inputs.kwargs))
     assert verdict.ok, str(verdict)
     assert launched == [(batch * new, 2 if batch == 2 else 1)]

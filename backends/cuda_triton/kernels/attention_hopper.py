@@ -118,3 +118,83 @@ def attend_placed(
     out_HC = acc_HC * gl.convert_layout(shrink_H, gl.SliceLayout(1, SUMS))[:, None]
     to_HC = gl.arange(0, H, gl.SliceLayout(1, SUMS))[:, None] * C + gl.arange(0, C, gl.SliceLayout(0, SUMS))[None, :]
     gl.store(out_ptr + to_HC, out_HC.to(gl.bfloat16))
+
+
+@gluon.jit
+def attend_ahead(
+    q_ptr: gl.tensor,
+    window_ptr: gl.tensor,
+    cmp_ptr: gl.tensor,
+    unit_ptr: gl.tensor,
+    rows_ptr: gl.tensor,
+    sink_ptr: gl.tensor,
+    out_ptr: gl.tensor,
+    heads: gl.tensor,
+    length: gl.tensor,
+    scale: gl.tensor,
+    UNIT: gl.constexpr,
+    H: gl.constexpr,
+    C: gl.constexpr,
+    N: gl.constexpr,
+) -> None:
+    """As attend_placed, with the scores of the next step under way while this step's become weights: four smaller tiles."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, N // 2, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(2 * N, 16, 2)
+    token = gl.program_id(0)
+    entries = gl.load(rows_ptr + token * 2)
+    rows = gl.load(rows_ptr + token * 2 + 1)
+    unit_ptr += token.to(gl.int64) * length
+    # a token's window begins with a row that is there
+    spare = gl.load(unit_ptr + entries)
+    q_ptr += (token.to(gl.int64) * heads + gl.program_id(1) * H) * C
+    out_ptr += (token.to(gl.int64) * heads + gl.program_id(1) * H) * C
+    q_HC = gl.allocate_shared_memory(gl.bfloat16, [H, C], SHARED)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [4, N, C], SHARED)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [H, N], WEIGHTS)
+    at_HC = gl.arange(0, H, gl.SliceLayout(1, ROWS))[:, None] * C + gl.arange(0, C, gl.SliceLayout(0, ROWS))[None, :]
+    async_copy.async_copy_global_to_shared(q_HC, q_ptr + at_HC)
+    for k in gl.static_range(3):
+        _ask(tiles.index(k), _rows(unit_ptr, window_ptr, cmp_ptr, k, entries, rows, spare, UNIT, N, ROWS), C, ROWS)
+    scale = scale * _LOG2E
+    top_H = gl.full([H], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
+    mass_H = gl.full([H], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
+    acc_HC = gl.zeros([H, C], gl.float32, SUMS)
+    async_copy.wait_group(2)
+    fence_async_shared()
+    gl.thread_barrier()
+    logit_HN = warpgroup_mma(q_HC, tiles.index(0).permute((1, 0)), gl.zeros([H, N], gl.float32, SCORES), use_acc=False, is_async=True)
+    logit_HN = warpgroup_mma_wait(0, deps=[logit_HN])
+    for i in range(0, gl.cdiv(rows, N)):
+        # of the steps asked for, up to i + 2, only the last may still be on its way
+        async_copy.wait_group(1)
+        fence_async_shared()
+        gl.thread_barrier()
+        after = tiles.index((i + 1) % 4)
+        next_HN = warpgroup_mma(q_HC, after.permute((1, 0)), gl.zeros([H, N], gl.float32, SCORES), use_acc=False, is_async=True)
+        # the tile of the step before this one has been read by both groups
+        _ask(tiles.index((i + 3) % 4), _rows(unit_ptr, window_ptr, cmp_ptr, i + 3, entries, rows, spare, UNIT, N, ROWS), C, ROWS)
+        place_N = i * N + gl.arange(0, N, gl.SliceLayout(0, SCORES))
+        unit_N = gl.load(unit_ptr + place_N, mask=place_N < rows, other=-1)
+        logit_HN = gl.where((unit_N >= 0)[None, :], logit_HN * scale, float("-inf"))
+        higher_H = gl.maximum(top_H, gl.max(logit_HN, axis=1))
+        weight_HN = gl.exp2(logit_HN - higher_H[:, None])
+        shrink_H = gl.exp2(top_H - higher_H)
+        weights.store(weight_HN.to(gl.bfloat16))
+        mass_H = mass_H * shrink_H + gl.sum(weight_HN, axis=1)
+        top_H = higher_H
+        acc_HC = acc_HC * gl.convert_layout(shrink_H, gl.SliceLayout(1, SUMS))[:, None]
+        fence_async_shared()
+        gl.thread_barrier()
+        acc_HC = warpgroup_mma(weights, tiles.index(i % 4), acc_HC, is_async=True)
+        logit_HN, acc_HC = warpgroup_mma_wait(0, deps=[next_HN, acc_HC])
+    async_copy.wait_group(0)
+    sink_H = gl.load(sink_ptr + gl.program_id(1) * H + gl.arange(0, H, gl.SliceLayout(1, SCORES))) * _LOG2E
+    higher_H = gl.maximum(top_H, sink_H)
+    shrink_H = gl.exp2(top_H - higher_H)
+    shrink_H = shrink_H / (mass_H * shrink_H + gl.exp2(sink_H - higher_H))
+    out_HC = acc_HC * gl.convert_layout(shrink_H, gl.SliceLayout(1, SUMS))[:, None]
+    to_HC = gl.arange(0, H, gl.SliceLayout(1, SUMS))[:, None] * C + gl.arange(0, C, gl.SliceLayout(0, SUMS))[None, :]
+    gl.store(out_ptr + to_HC, out_HC.to(gl.bfloat16))
