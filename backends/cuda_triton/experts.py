@@ -27,13 +27,13 @@ def _plan(rows: int, experts: int) -> dict[str, int]:
 
 
 def _fp4_plan(rows: int, experts: int) -> dict[str, int]:
-    """As _plan, of all three kernels; a program has 128 columns of gate and of up, which are rounded together, or 256 of the way back."""
+    """As _plan; a program has N columns of gate and of up, or 2 N of the way back. N = 128 are rounded where they are made."""
     if rows < experts // 4:
         # so few programs that each has a multiprocessor to itself: more warps, longer steps
-        return {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 256, "num_warps": 8, "num_stages": 3}
     if rows < 24 * experts:
-        return {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
 
 
 def _tiles(rows: int, experts: int, block: int) -> int:
@@ -114,7 +114,7 @@ def _grouped_experts_fp4(
     quantize: bool = True,
 ) -> Tensor:
     (rows, width), experts, inner = rows_AD.shape, w13.shape[0], w13.shape[1] // 2
-    module, sizes, padded = kernels("experts_fp4"), _fp4_plan(rows, experts), power(experts)
+    module, sizes, padded = kernels("experts_fp4"), dict(_fp4_plan(rows, experts)), power(experts)
     tiles = _tiles(rows, experts, sizes["BLOCK_M"])
     height = sizes["BLOCK_M"]
     x, h = rows_AD.new_empty(tiles, width, height), rows_AD.new_empty(tiles, inner, height)
@@ -124,11 +124,15 @@ def _grouped_experts_fp4(
         rows_AD, counts_E, x, experts, width, QUANTIZE=quantize, EXPERTS=padded, BLOCK_M=height, BLOCK=block, num_warps=4
     )
     # columns first: programs that run together read the same rows
-    module.gate_up[(blocks(inner, _GROUP), tiles)](
-        x, row_weight_A, counts_E, w13, s13.view(torch.uint8), h, experts, inner, limit, DEPTH=width, QUANTIZE=quantize, EXPERTS=padded,
-        BLOCK_N=_GROUP, **sizes,
+    columns = sizes.pop("BLOCK_N")
+    fused = quantize and columns == _GROUP
+    module.gate_up[(blocks(inner, columns), tiles)](
+        x, row_weight_A, counts_E, w13, s13.view(torch.uint8), h, experts, inner, limit, DEPTH=width, QUANTIZE=fused, EXPERTS=padded,
+        BLOCK_N=columns, **sizes,
     )  # fmt: skip
-    module.down[(blocks(width, 2 * _GROUP), tiles)](
-        h, counts_E, w2, s2.view(torch.uint8), y, experts, width, DEPTH=inner, EXPERTS=padded, BLOCK_N=2 * _GROUP, **sizes
+    if quantize and not fused:
+        module.round_tiles[(blocks(inner, _GROUP), tiles)](h, counts_E, experts, inner, EXPERTS=padded, BLOCK_M=height, num_warps=4)
+    module.down[(blocks(width, 2 * columns), tiles)](
+        h, counts_E, w2, s2.view(torch.uint8), y, experts, width, DEPTH=inner, EXPERTS=padded, BLOCK_N=2 * columns, **sizes
     )
     return y

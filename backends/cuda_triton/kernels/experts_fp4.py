@@ -131,6 +131,25 @@ def gate_up(
 
 
 @triton.jit
+def round_tiles(
+    h_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    experts: tl.tensor,
+    inner: tl.tensor,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    """h of 128 channels (program_id(0)) of one tile of rows (program_id(1)) rounded to FP8 in place."""
+    tile = tl.program_id(1)
+    _, _, rows = tile_of(tile, counts_ptr, experts, BLOCK_M, EXPERTS)
+    if rows > 0:
+        column_N = tl.program_id(0) * 128 + tl.arange(0, 128)
+        at_NM = h_ptr + tile.to(tl.int64) * inner * BLOCK_M + column_N[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        h_NM = tl.load(at_NM, mask=(column_N < inner)[:, None], other=0.0).to(tl.float32)
+        tl.store(at_NM, _fp8_steps(h_NM, 0).to(tl.bfloat16), mask=(column_N < inner)[:, None])
+
+
+@triton.jit
 def down(
     h_ptr: tl.tensor,
     counts_ptr: tl.tensor,
