@@ -112,11 +112,13 @@ def test_rows_are_rounded_to_float8_as_the_reference_rounds_them() -> None:
         x[i, 4:100] = top * 2.0**-16 * torch.randn(96, generator=g)
     x = x.bfloat16()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # tiles of 16 rows of experts with 40, 0 and 24 rows, channels first
-    counts = torch.tensor([40, 0, 24], device=device)
-    out = torch.empty(5, 256, 16, dtype=BF16, device=device)
-    experts.kernels("experts_fp4").prepare[(2, 5)](
-        x.to(device), counts, out, 3, 256, QUANTIZE=True, EXPERTS=4, BLOCK_M=16, BLOCK=128, num_warps=4
-    )
-    rows = torch.cat([tile.T[:n] for tile, n in zip(out.cpu(), (16, 16, 8, 16, 8), strict=True)])
-    assert torch.equal(rows.double(), roundtrip_activation(x, torch.float64))
+    # tiles of 16 rows of experts with 40, 0 and 24 rows, channels first; rounded on the way there, or in place
+    counts, module = torch.tensor([40, 0, 24], device=device), experts.kernels("experts_fp4")
+    expected = roundtrip_activation(x, torch.float64)
+    for at_once in (True, False):
+        out = torch.empty(5, 256, 16, dtype=BF16, device=device)
+        module.prepare[(2, 5)](x.to(device), counts, out, 3, 256, QUANTIZE=at_once, EXPERTS=4, BLOCK_M=16, BLOCK=128, num_warps=4)
+        if not at_once:
+            module.round_tiles[(2, 5)](out, counts, 3, 256, EXPERTS=4, BLOCK_M=16, num_warps=4)
+        rows = torch.cat([tile.T[:n] for tile, n in zip(out.cpu(), (16, 16, 8, 16, 8), strict=True)])
+        assert torch.equal(rows.double(), expected)
