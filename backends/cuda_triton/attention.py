@@ -36,8 +36,8 @@ class Plan:
     stages: int
     placed: bool = False
     """Whether a kernel of its own finds the rows of chosen entries first."""
-    by_hand: bool = False
-    """Whether the kernel with layouts by hand takes it if it can: rows of 512 bf16 channels, heads in 64s."""
+    by_hand: int = 0
+    """Rows of a step of the kernel with layouts by hand, which takes whole rows of 512 bf16 channels and heads in 64s; 0: not that one."""
 
 
 def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Plan:
@@ -153,17 +153,17 @@ def _sparse_attention(
     most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
     launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed, kind == 2)
     listed, rows = tables[2], None
-    by_hand = launch.by_hand and not packed and channels == WIDEST and heads % 64 == 0 and align == 16
+    by_hand = launch.by_hand > 0 and not packed and channels == WIDEST and heads % 64 == 0 and align == 16
     if by_hand or (launch.placed and kind == 2):
         listed, rows = _places(tables, cu, start, window_cache, entries, most, window, unit, row, scale_bytes, tokens, max(ratio, 1), kind == 2)
         kind = 3
     out = torch.empty_like(q_THC)
     if by_hand:
         module = kernels("attention_hopper")
-        kernel = module.attend_ahead if launch.rows == 32 else module.attend_placed
+        kernel = module.attend_ahead if launch.by_hand == 32 else module.attend_placed
         kernel[(tokens, heads // 64)](
-            q_THC, window_cache, entries, listed, rows, sink_H, out, heads, most + window, scale, UNIT=unit, H=64, C=channels, N=launch.rows,
-            num_warps=launch.warps,
+            q_THC, window_cache, entries, listed, rows, sink_H, out, heads, most + window, scale, UNIT=unit, H=64, C=channels, N=launch.by_hand,
+            num_warps=8,
         )  # fmt: skip
         return out
     wide = power(channels, 16)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from backends.cuda_triton import choice
+from tests.cuda import choice_times
+from tools.bench.cuda_clock import Clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PITCH = 1024
@@ -93,3 +95,13 @@ def test_the_built_in_sizes(topk: int) -> None:
 def test_rows_that_groups_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(6, 1000\).*multiple of 16"):
         chosen(rows("normal")[:, :1000].contiguous(), 900, 4)
+
+
+def test_the_comparison_with_topk_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(torch.device(DEVICE), 2)
+    found = choice_times.measure(clock, 2, 1600)
+    assert found["times_as_fast"] == pytest.approx(found["topk_us"] / found["us"])
+    plain = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda index, *rest: (plain(index, *rest), index[:, :1].add_(1)))
+    with pytest.raises(ValueError, match="2 x 1600: other values"):
+        choice_times.measure(clock, 2, 1600)

@@ -41,7 +41,7 @@ def test_attention_with_layouts_by_hand(
 ) -> None:
     """Contexts shorter than the window, rows that are not there, one and several tiles; 128 heads are two programs."""
     contract, impl = impl_of("sparse_attention")
-    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(64, rows, 1, 8, 3, True, True))
+    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(64, 64, 1, 8, 3, True, rows))
     case = cuda_attention.attention(Widths(heads=128 if batch == 2 else 64, topk=20), kind, batch, new, context)
     inputs = case.make(torch.Generator().manual_seed(0))
     launched = []
