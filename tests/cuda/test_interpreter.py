@@ -48,4 +48,5 @@ def test_products_of_scaled_fp4_weights_are_those_of_the_decoded_ones() -> None:
     y = torch.empty(64, 16)
     small_kernels.scaled_product[(1,)](code, scale, b, y, 64, 128, 16)
     weight = dequant_mxfp4.reference(code, scale.view(torch.float8_e8m0fnu), dtype=torch.float64, compute=torch.float64)
-    torch.testing.assert_close(y, (weight @ b.double()).float())
+    # sums of 128 fp32 terms of very unlike size
+    assert ((y - weight @ b.double()).abs() <= 1e-5 * (weight.abs() @ b.double().abs())).all()
