@@ -21,6 +21,10 @@ WIDEST = 512
 _PROGRAMS = 128
 """Programs below which the rows of a query are split, about one a multiprocessor."""
 _SPLITS = 128
+_MANY = 1024
+"""Tokens of a call for which plans of prefill were measured to be better."""
+_LONG = 32
+"""Blocks of 32 rows from which all entries of a query pay for 64 rows a step in prefill."""
 _SHORT = 64
 """Blocks of 32 rows up to which few queries are cut into single blocks."""
 
@@ -56,7 +60,10 @@ def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Pla
     # three stages: an index and a table entry are read before the row that they name; 64 rows a step pay, spills included, once their
     # places need no registers
     placed = chosen and splits == 1
-    return Plan(together, 64 if placed else 32, splits, warps, 3, placed)
+    many = splits == 1 and tokens >= _MANY
+    if placed or (many and not chosen and steps >= _LONG):
+        return Plan(together, 64, splits, warps, 3 if placed else 2, placed, 64 if many and placed else 0)
+    return Plan(together, 32, splits, warps, 3, placed)
 
 
 def row_bytes(channels: int, rope_dim: int) -> int:
