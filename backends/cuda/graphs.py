@@ -102,6 +102,10 @@ class Replayed:
         """Graphs kept."""
         return len(self._held)
 
+    def replays(self) -> list[Callable[[], Tensor]]:
+        """Replays of the graphs kept, over the inputs they were last given: for timing."""
+        return [replay for _, replay in self._held.values()]
+
     def __call__(self, given: Mapping[str, Tensor]) -> Tensor:
         """The function of `given`, tensors of the host or the device; a tensor of its own that later calls leave alone."""
         key = tuple((name, tuple(t.shape), t.dtype, t.device.type) for name, t in sorted(given.items()))

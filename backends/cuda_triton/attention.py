@@ -22,6 +22,10 @@ _INT32 = 2**31
 _PROGRAMS = 128
 """Programs below which the rows of a query are split, about one a multiprocessor."""
 _SPLITS = 128
+_MANY = 1024
+"""Tokens of a call for which plans of prefill were measured to be better."""
+_LONG = 32
+"""Blocks of 32 rows from which all entries of a query pay for 64 rows a step in prefill."""
 _SHORT = 64
 """Blocks of 32 rows up to which few queries are cut into single blocks."""
 
@@ -37,6 +41,8 @@ class Plan:
     stages: int
     placed: bool = False
     """Whether a kernel of its own finds the rows of chosen entries first."""
+    by_hand: int = 0
+    """Rows of a step of the kernel with layouts by hand, which takes whole rows of 512 bf16 channels and heads in 64s; 0: not that one."""
 
 
 def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Plan:
@@ -50,11 +56,15 @@ def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Pla
     warps = 8 if together == 64 else 4
     splits = max(min(blocks(_PROGRAMS, tokens * blocks(heads, together)), steps, _SPLITS), 1)
     if packed:
-        return Plan(together, 64, min(splits, blocks(steps, 2)), warps, 2)
+        splits = min(splits, blocks(steps, 2))
+        return Plan(together, 64, splits, warps, 3 if splits == 1 else 2, chosen and splits == 1)
     # three stages: an index and a table entry are read before the row that they name; 64 rows a step pay, spills included, once their
     # places need no registers
     placed = chosen and splits == 1
-    return Plan(together, 64 if placed else 32, splits, warps, 3, placed)
+    many = splits == 1 and tokens >= _MANY
+    if placed or (many and not chosen and steps >= _LONG):
+        return Plan(together, 64, splits, warps, 3 if placed else 2, placed, 64 if many and placed else 0)
+    return Plan(together, 32, splits, warps, 3, placed)
 
 
 def row_bytes(channels: int, rope_dim: int) -> int:
@@ -161,10 +171,20 @@ def _sparse_attention(
     chosen = 0 if cmp_index is None else cmp_index.shape[1]
     most = chosen if kind == 2 else entry_table.shape[1] * entries.shape[1] if kind == 1 else 0
     launch = plan(tokens, heads, blocks(most, 32) + blocks(window, 32), packed, kind == 2)
-    listed = tables[2]
-    if launch.placed and kind == 2 and not packed:
-        kind, listed = 3, _places(tables, cu, start, window_cache, entries, chosen, window, unit, row)
+    listed, rows = tables[2], None
+    by_hand = launch.by_hand > 0 and not packed and channels == WIDEST and heads % 64 == 0 and align == 16
+    if by_hand or (launch.placed and kind == 2):
+        listed, rows = _places(tables, cu, start, window_cache, entries, most, window, unit, row, scale_bytes, tokens, max(ratio, 1), kind == 2)
+        kind = 3
     out = torch.empty_like(q_THC)
+    if by_hand:
+        module = kernels("attention_hopper")
+        kernel = module.attend_ahead if launch.by_hand == 32 else module.attend_placed
+        kernel[(tokens, heads // 64)](
+            q_THC, window_cache, entries, listed, rows, sink_H, out, heads, most + window, scale, UNIT=unit, H=64, C=channels, N=launch.by_hand,
+            num_warps=8,
+        )  # fmt: skip
+        return out
     wide = power(channels, 16)
     if launch.splits == 1:
         parts, sums = out, sink_H
@@ -189,15 +209,18 @@ def _sparse_attention(
 
 
 def _places(
-    tables: list[Tensor], cu: Tensor, start: Tensor, window_cache: Tensor, entries: Tensor, chosen: int, window: int, unit: int, row: int
-) -> Tensor:
-    """Where the rows of every token begin [T, k + window], -1 where there is none."""
+    tables: list[Tensor], cu: Tensor, start: Tensor, window_cache: Tensor, entries: Tensor, most: int, window: int, unit: int, row: int,
+    scales: int, tokens: int, ratio: int, chosen: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where the rows of every token begin [T, 1, most + window], with scales [T, 2, most + window]; how many entries and rows [T, 2]."""
     window_table, entry_table, index = tables
-    tokens, batch, block = index.shape[0], start.shape[0], 256
-    out = torch.empty(tokens, chosen + window, dtype=torch.int32, device=index.device)
-    kernels("attention").places[(tokens, blocks(chosen + window, block))](
-        index, window_table, entry_table, cu, start, out, batch, window, window_table.shape[1], window_cache.stride(0) // unit,
-        entry_table.shape[1], entries.stride(0) // unit, chosen, WINDOW_PER_BLOCK=window_cache.shape[1], CMP_PER_BLOCK=entries.shape[1],
-        ROW_UNITS=row // unit, BATCH=power(batch), BLOCK=block, num_warps=2,
+    batch, block = start.shape[0], 256
+    out = torch.empty(tokens, 2 if scales else 1, most + window, dtype=torch.int32, device=window_cache.device)
+    rows = torch.empty(tokens, 2, dtype=torch.int32, device=window_cache.device)
+    kernels("attention").places[(tokens, blocks(most + window, block))](
+        index, window_table, entry_table, cu, start, out, rows, batch, window, window_table.shape[1], window_cache.stride(0) // unit,
+        entry_table.shape[1], entries.stride(0) // unit, most, ratio, CHOSEN=chosen, WINDOW_PER_BLOCK=window_cache.shape[1],
+        CMP_PER_BLOCK=entries.shape[1], ROW_UNITS=row // unit, SCALE_UNITS=scales // unit, PACKED=scales > 0, BATCH=power(batch),
+        BLOCK=block, num_warps=2,
     )  # fmt: skip
-    return out
+    return out, rows

@@ -1,4 +1,4 @@
-"""Grouped experts in two products (three kernels with FP4 weights: rows are rounded and reordered before).
+"""Grouped experts in two products; with FP4 weights a kernel before them lays the rows out in tiles.
 
 Shapes as in ops/experts.py and ops/experts_quant.py.
 """
@@ -19,43 +19,26 @@ _GROUP = 128
 """Channels that share a scale of the FP8 rounding."""
 
 
-def _plan(rows: int, experts: int, fp4: bool) -> dict[str, int]:
+def _plan(rows: int, experts: int) -> dict[str, int]:
     """Sizes of both products' launches by the rows that an expert gets on average; chosen by measurement on an H100."""
-    if fp4 and rows < 24 * experts:
-        # so few rows that a program's share of the weights is short: more warps decode it
-        alone = rows < experts // 4
-        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64 if alone else 32, "num_warps": 8 if alone else 4, "num_stages": 3 if alone else 4}
-    if fp4:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
     if rows < 24 * experts:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
-def _run(
-    rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, limit: float, fp4: bool,
-    quantize: bool,
-) -> Tensor:  # fmt: skip
-    rows, width = rows_AD.shape
-    experts, inner = w13.shape[0], w13.shape[1] // 2
-    module = kernels("experts")
-    x, y = rows_AD, torch.empty_like(rows_AD)
-    if fp4:
-        x = torch.empty_like(rows_AD)
-        block = min(power(width, _GROUP), 2048)
-        module.prepare[(rows, blocks(width, block))](rows_AD, x, width, QUANTIZE=quantize, BLOCK=block, num_warps=4)
-    h = torch.empty(rows, inner, dtype=rows_AD.dtype, device=rows_AD.device)
-    sizes = _plan(rows, experts, fp4)
+def _fp4_plan(rows: int, experts: int) -> dict[str, int]:
+    """As _plan; a program has N columns of gate and of up, or 2 N of the way back. N = 128 are rounded where they are made."""
+    if rows < experts // 4:
+        # so few programs that each has a multiprocessor to itself: more warps, longer steps
+        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 256, "num_warps": 8, "num_stages": 3}
+    if rows < 24 * experts:
+        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+
+
+def _tiles(rows: int, experts: int, block: int) -> int:
     # every expert with rows has at most one tile that is not full
-    tiles = rows // sizes["BLOCK_M"] + min(rows, experts)
-    padded = power(experts)
-    module.gate_up[(tiles, blocks(inner, sizes["BLOCK_N"]))](
-        x, row_weight_A, counts_E, w13, s13, h, experts, width, inner, limit, FP4=fp4, QUANTIZE=quantize, EXPERTS=padded, **sizes
-    )
-    module.down[(tiles, blocks(width, sizes["BLOCK_N"]))](
-        h, counts_E, w2, s2, y, experts, width, inner, FP4=fp4, EXPERTS=padded, **sizes
-    )
-    return y
+    return rows // block + min(rows, experts)
 
 
 def _rows_fit(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, limit: float) -> bool:
@@ -85,7 +68,15 @@ def dense_fits(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Ten
 @grouped_experts.implement("cuda_triton", dtypes=BF16, soc=SOC, needs=[NEED], when=dense_fits, note="bf16 rows and weights")
 def dense(rows_AD: Tensor, row_weight_A: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor, *, limit: float) -> Tensor:
     """As the contract says."""
-    return _run(rows_AD, row_weight_A, counts_E, w13, w13, w2, w2, limit, False, False)
+    (rows, width), experts, inner = rows_AD.shape, w13.shape[0], w13.shape[1] // 2
+    module, sizes, padded = kernels("experts"), _plan(rows, experts), power(experts)
+    tiles = _tiles(rows, experts, sizes["BLOCK_M"])
+    h, y = rows_AD.new_empty(rows, inner), torch.empty_like(rows_AD)
+    module.gate_up[(tiles, blocks(inner, sizes["BLOCK_N"]))](
+        rows_AD, row_weight_A, counts_E, w13, h, experts, width, inner, limit, EXPERTS=padded, **sizes
+    )
+    module.down[(tiles, blocks(width, sizes["BLOCK_N"]))](h, counts_E, w2, y, experts, width, inner, EXPERTS=padded, **sizes)
+    return y
 
 
 def _fp4_fits(
@@ -122,5 +113,26 @@ def _grouped_experts_fp4(
     limit: float,
     quantize: bool = True,
 ) -> Tensor:
-    scales = (s13.view(torch.uint8), s2.view(torch.uint8))
-    return _run(rows_AD, row_weight_A, counts_E, w13, scales[0], w2, scales[1], limit, True, quantize)
+    (rows, width), experts, inner = rows_AD.shape, w13.shape[0], w13.shape[1] // 2
+    module, sizes, padded = kernels("experts_fp4"), dict(_fp4_plan(rows, experts)), power(experts)
+    tiles = _tiles(rows, experts, sizes["BLOCK_M"])
+    height = sizes["BLOCK_M"]
+    x, h = rows_AD.new_empty(tiles, width, height), rows_AD.new_empty(tiles, inner, height)
+    y = torch.empty_like(rows_AD)
+    block = min(power(width, _GROUP), max(8192 // height, _GROUP))
+    module.prepare[(blocks(width, block), tiles)](
+        rows_AD, counts_E, x, experts, width, QUANTIZE=quantize, EXPERTS=padded, BLOCK_M=height, BLOCK=block, num_warps=4
+    )
+    # columns first: programs that run together read the same rows
+    columns = sizes.pop("BLOCK_N")
+    fused = quantize and columns == _GROUP
+    module.gate_up[(blocks(inner, columns), tiles)](
+        x, row_weight_A, counts_E, w13, s13.view(torch.uint8), h, experts, inner, limit, DEPTH=width, QUANTIZE=fused, EXPERTS=padded,
+        BLOCK_N=columns, **sizes,
+    )  # fmt: skip
+    if quantize and not fused:
+        module.round_tiles[(blocks(inner, _GROUP), tiles)](h, counts_E, experts, inner, EXPERTS=padded, BLOCK_M=height, num_warps=4)
+    module.down[(blocks(width, 2 * columns), tiles)](
+        h, counts_E, w2, s2.view(torch.uint8), y, experts, width, DEPTH=inner, EXPERTS=padded, BLOCK_N=2 * columns, **sizes
+    )
+    return y

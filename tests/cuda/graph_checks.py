@@ -102,10 +102,13 @@ def refusal(model: LoadedModel) -> str:
     return ""
 
 
-def flash_slice(device: torch.device, ops: SimpleNamespace, *, config: Config | None = None) -> Runner:
-    """One layer of each kind at V4-Flash's widths with FP4 experts and random weights, about 11 GB, made on the device."""
+def flash_slice(device: torch.device, ops: SimpleNamespace, *, config: Config | None = None, sliced: Config | None = None) -> Runner:
+    """One layer of each kind at V4-Flash's widths (or of `config`), or the layers of `sliced`, with FP4 experts and random weights.
+
+    Made on the device; three layers of V4-Flash take about 11 GB.
+    """
     whole = config or named_config("flash")
-    config = replace(whole, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+    config = sliced or replace(whole, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
     model = Model(Settings(config, ops, torch.bfloat16, experts="fp4"), mtp=False)
     g = torch.Generator(device=device).manual_seed(0)
     for name, p in list(model.named_parameters()):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from backends.cuda_triton import choice
+from tests.cuda import choice_times
+from tools.bench.cuda_clock import Clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PITCH = 1024
@@ -58,19 +60,21 @@ def test_the_same_as_a_stable_sort(
     monkeypatch: pytest.MonkeyPatch, kind: str, whole: int, group: int, topk: int, count: int
 ) -> None:
     """0, 1, 2 and 6 levels of peaks, the last of which takes two launches of them."""
-    monkeypatch.setattr(choice, "_WHOLE", whole)
-    monkeypatch.setattr(choice, "_GROUP", group)
+    plan = choice.Sizes(whole, group, 512)
+    monkeypatch.setattr(choice, "sizes", lambda *counts: plan)
     monkeypatch.setattr(choice, "_READ", 256)
     score = rows(kind)
-    assert len(choice.levels(PITCH, topk)) == count
+    assert len(choice.levels(PITCH, plan)) == count
     seen = [PITCH - 10 + t for t in range(6)]
     assert torch.equal(chosen(score, seen[0], topk), expected(score, seen, topk))
 
 
+@pytest.mark.parametrize("few", [0, 8])
 @pytest.mark.parametrize("first", [0, 1, 5, 63, 64, 250])
-def test_what_is_not_visible_is_not_chosen(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
-    monkeypatch.setattr(choice, "_WHOLE", 64)
+def test_what_is_not_visible_is_not_chosen(monkeypatch: pytest.MonkeyPatch, first: int, few: int) -> None:
+    monkeypatch.setattr(choice, "sizes", lambda *counts: choice.Sizes(64, 8, 512))
     monkeypatch.setattr(choice, "_READ", 128)
+    monkeypatch.setattr(choice, "_FEW", few)
     score = rows("whole numbers")
     seen = [first + t for t in range(6)]
     for t, n in enumerate(seen):
@@ -84,10 +88,20 @@ def test_what_is_not_visible_is_not_chosen(monkeypatch: pytest.MonkeyPatch, firs
 def test_the_built_in_sizes(topk: int) -> None:
     g = torch.Generator().manual_seed(1)
     score = torch.randn(2, 20000, generator=g).round(decimals=2)
-    assert len(choice.levels(20000, topk)) > 1
+    assert len(choice.levels(20000, choice.sizes(2, topk))) > 1
     assert torch.equal(chosen(score, 19990, topk), expected(score, [19990, 19991], topk))
 
 
 def test_rows_that_groups_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(6, 1000\).*multiple of 16"):
         chosen(rows("normal")[:, :1000].contiguous(), 900, 4)
+
+
+def test_the_comparison_with_topk_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(torch.device(DEVICE), 2)
+    found = choice_times.measure(clock, 2, 1600)
+    assert found["times_as_fast"] == pytest.approx(found["topk_us"] / found["us"])
+    plain = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda index, *rest: (plain(index, *rest), index[:, :1].add_(1)))
+    with pytest.raises(ValueError, match="2 x 1600: other values"):
+        choice_times.measure(clock, 2, 1600)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ops.quant import dequant_mxfp4
 from tests.cuda import small_kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the device is not interpreted")
@@ -37,3 +38,15 @@ def test_products_of_bf16_are_products_of_their_values() -> None:
     y = torch.empty(16, 16)
     small_kernels.product[(1,)](a, b, y, 16)
     torch.testing.assert_close(y, a.float() @ b.float())
+
+
+def test_products_of_scaled_fp4_weights_are_those_of_the_decoded_ones() -> None:
+    g = torch.Generator().manual_seed(0)
+    code = torch.randint(0, 256, (64, 64), generator=g, dtype=torch.uint8)
+    scale = torch.randint(100, 140, (64, 4), generator=g, dtype=torch.uint8)
+    b = torch.randn(128, 16, generator=g).bfloat16()
+    y = torch.empty(64, 16)
+    small_kernels.scaled_product[(1,)](code, scale, b, y, 64, 128, 16)
+    weight = dequant_mxfp4.reference(code, scale.view(torch.float8_e8m0fnu), dtype=torch.float64, compute=torch.float64)
+    # sums of 128 fp32 terms of very unlike size
+    assert ((y - weight @ b.double()).abs() <= 1e-5 * (weight.abs() @ b.double().abs())).all()

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from backends.cuda_triton import attention, choice, experts, hyper, indexer
+from ops.contract import Sample
 from ops.experts_math import roundtrip_activation
 from ops.judge import judge
 from tests.cuda.test_kernels import impl_of, runnable, taken
+from tools.bench import cuda_attention
+from tools.bench.cuda_cases import Widths
 
 BF16 = torch.bfloat16
 
@@ -30,6 +33,27 @@ def test_attention_with_rows_split_and_not(monkeypatch: pytest.MonkeyPatch, head
     assert judged("sparse_attention", *names) == len(names)
 
 
+@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize("kind", ["swa", "csa", "hca"])
+@pytest.mark.parametrize("batch,new,context", [(1, 3, 100), (2, 1, 3), (1, 2, 400), (3, 1, 300)])
+def test_attention_with_layouts_by_hand(
+    monkeypatch: pytest.MonkeyPatch, batch: int, new: int, context: int, kind: str, rows: int
+) -> None:
+    """Contexts shorter than the window, rows that are not there, one and several tiles; 128 heads are two programs."""
+    contract, impl = impl_of("sparse_attention")
+    monkeypatch.setattr(attention, "plan", lambda *sizes: attention.Plan(64, 64, 1, 8, 3, True, rows))
+    case = cuda_attention.attention(Widths(heads=128 if batch == 2 else 64, topk=20), kind, batch, new, context)
+    inputs = case.make(torch.Generator().manual_seed(0))
+    launched = []
+    module = attention.kernels("attention_hopper")
+    kernel = module.attend_ahead if rows == 32 else module.attend_placed
+    run = kernel.run
+    monkeypatch.setattr(kernel, "run", lambda *a, **k: (launched.append(k["grid"]), run(*a, **k))[1])
+    verdict = judge(contract, runnable(contract, impl), Sample(case.name, inputs.args, inputs.kwargs))
+    assert verdict.ok, str(verdict)
+    assert launched == [(batch * new, 2 if batch == 2 else 1)]
+
+
 def test_a_plan_splits_few_queries_and_leaves_many_whole() -> None:
     def splits(tokens: int, heads: int, steps: int, chosen: bool = True) -> int:
         return attention.plan(tokens, heads, steps, False, chosen).splits
@@ -37,6 +61,8 @@ def test_a_plan_splits_few_queries_and_leaves_many_whole() -> None:
     assert (splits(1, 64, 20), splits(1, 64, 260, False), splits(32, 64, 20)) == (20, 128, 4)
     assert splits(128, 64, 20) == splits(4096, 64, 20) == splits(4096, 64, 5, False) == splits(1, 3, 1) == 1
     assert attention.plan(4096, 64, 20, False, True).placed and not attention.plan(4096, 64, 20, False, False).placed
+    assert attention.plan(4096, 64, 20, False, True).by_hand == 64 and not attention.plan(128, 64, 20, False, True).by_hand
+    assert (attention.plan(4096, 64, 40, False, False).rows, attention.plan(4096, 64, 5, False, False).rows) == (64, 32)
 
 
 def test_choices_of_long_rows_go_through_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +73,7 @@ def test_choices_of_long_rows_go_through_groups(monkeypatch: pytest.MonkeyPatch)
         counted.append(kwargs["LEVELS"])
         return run(*args, grid=grid, **kwargs)
 
-    monkeypatch.setattr(choice, "_WHOLE", 16)
+    monkeypatch.setattr(choice, "sizes", lambda *counts: choice.Sizes(16, 2, 512))
     monkeypatch.setattr(choice, "_READ", 64)
     monkeypatch.setattr(choice.kernels("choice").peaks, "run", counting)
     names = ("decode", "chunk", "ties", "ties-equal", "ties-fp4", "fp8-keys", "ragged")
@@ -61,11 +87,13 @@ def test_scores_are_taken_in_turns_where_they_would_not_fit(monkeypatch: pytest.
     assert judged("index_topk", "ragged", "odd", "around-topk", "fp8-keys") == 4
 
 
-@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("rows,columns", [(16, 128), (64, 128), (16, 64)])
 @pytest.mark.parametrize("op", ["grouped_experts", "grouped_experts_fp4"])
-def test_experts_with_tiles_of_either_height(monkeypatch: pytest.MonkeyPatch, op: str, rows: int) -> None:
-    sizes = {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+def test_experts_with_tiles_of_either_height(monkeypatch: pytest.MonkeyPatch, op: str, rows: int, columns: int) -> None:
+    """FP4: 64 columns of a group of 128 are rounded by a kernel of its own."""
+    sizes = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
     monkeypatch.setattr(experts, "_plan", lambda *counts: dict(sizes))
+    monkeypatch.setattr(experts, "_fp4_plan", lambda *counts: dict(sizes))
     assert judged(op, "many", "many-plain", "all-on-one", "odd", "one") >= 4
 
 
@@ -86,7 +114,13 @@ def test_rows_are_rounded_to_float8_as_the_reference_rounds_them() -> None:
         x[i, 4:100] = top * 2.0**-16 * torch.randn(96, generator=g)
     x = x.bfloat16()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = torch.empty_like(x, device=device)
-    experts.kernels("experts").prepare[(64, 1)](x.to(device), out, 256, QUANTIZE=True, BLOCK=256, num_warps=4)
+    # tiles of 16 rows of experts with 40, 0 and 24 rows, channels first; rounded on the way there, or in place
+    counts, module = torch.tensor([40, 0, 24], device=device), experts.kernels("experts_fp4")
     expected = roundtrip_activation(x, torch.float64)
-    assert torch.equal(out.cpu().double(), torch.cat((expected[:, 0::2], expected[:, 1::2]), dim=1))
+    for at_once in (True, False):
+        out = torch.empty(5, 256, 16, dtype=BF16, device=device)
+        module.prepare[(2, 5)](x.to(device), counts, out, 3, 256, QUANTIZE=at_once, EXPERTS=4, BLOCK_M=16, BLOCK=128, num_warps=4)
+        if not at_once:
+            module.round_tiles[(2, 5)](out, counts, 3, 256, EXPERTS=4, BLOCK_M=16, num_warps=4)
+        rows = torch.cat([tile.T[:n] for tile, n in zip(out.cpu(), (16, 16, 8, 16, 8), strict=True)])
+        assert torch.equal(rows.double(), expected)

@@ -19,7 +19,8 @@ from tools.bench.cuda_clock import Clock, ceilings
 
 BACKEND, PLAIN = "cuda_triton", "cuda"
 _L2_BYTES = 60 << 20
-_RATES = {"fp32": "tf32", "bf16": "bf16", "fp8": "fp8", "fp4": "fp8", "int8": "fp8"}
+RATES = {"fp32": "tf32", "bf16": "bf16", "fp8": "fp8", "fp4": "fp8", "int8": "fp8"}
+"""The ceiling that products of a contract's rate are held against."""
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:
@@ -42,8 +43,8 @@ def verify(contract: Contract, case: Case, inputs: Inputs, found: Any, device: t
     return verdict.worst
 
 
-def _light(value: Any) -> Any:
-    # cost functions read lengths, which belong on the host, and no data
+def light(value: Any) -> Any:
+    """An argument for a cost function, which reads lengths, wanted on the host, and no data."""
     if not isinstance(value, Tensor):
         return value
     return value.cpu() if value.dtype in (torch.int32, torch.int64) else value.to("meta")
@@ -51,8 +52,8 @@ def _light(value: Any) -> Any:
 
 def _floor(contract: Contract, inputs: Inputs, ceiling: dict[str, float]) -> tuple[float, str, dict[str, float]]:
     """Seconds of the floor, what binds, and the work."""
-    cost = contract.cost(*map(_light, inputs.args), **{k: _light(v) for k, v in inputs.kwargs.items()})
-    bound = {"memory": cost.bytes / ceiling["bytes"], "matrix": cost.matmul_flops / ceiling[_RATES[cost.rate]]}
+    cost = contract.cost(*map(light, inputs.args), **{k: light(v) for k, v in inputs.kwargs.items()})
+    bound = {"memory": cost.bytes / ceiling["bytes"], "matrix": cost.matmul_flops / ceiling[RATES[cost.rate]]}
     binds = max(bound, key=lambda k: bound[k])
     return bound[binds], binds, {"bytes": cost.bytes, "matmul_flops": cost.matmul_flops}
 

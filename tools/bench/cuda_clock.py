@@ -83,6 +83,10 @@ class Clock:
         replay = self._graph([call])
         return self._between(replay, self._flush)
 
+    def between(self, call: Call) -> float:
+        """Seconds of a call that launches by itself what it waits for, a replay say."""
+        return self._between(call, lambda: None)
+
     def eager(self, call: Call) -> float:
         """Seconds of one call made from Python, what the host needs for launching it included; a call of over 0.2 s runs twice only."""
         self._between(call, self._flush, 1)

@@ -54,33 +54,53 @@ def places(
     cu_ptr: tl.tensor,
     start_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
     batch: tl.tensor,
     window: tl.tensor,
     window_blocks: tl.tensor,
     window_units: tl.tensor,
     cmp_blocks: tl.tensor,
     cmp_units: tl.tensor,
-    chosen: tl.tensor,
+    most: tl.tensor,
+    ratio: tl.tensor,
+    CHOSEN: tl.constexpr,
     WINDOW_PER_BLOCK: tl.constexpr,
     CMP_PER_BLOCK: tl.constexpr,
     ROW_UNITS: tl.constexpr,
+    SCALE_UNITS: tl.constexpr,
+    PACKED: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Where the rows of token program_id(0) begin, in units: chosen entries, then the window; -1 where there is none."""
+    """Where the rows of token program_id(0) begin, in units, in a list of `most` + window: entries, then the window; -1 where there is none.
+
+    CHOSEN: entries are the `most` of index, otherwise all completed ones. `rows` int32 [T, 2]: how many entries are listed, and how many rows.
+    PACKED: behind the list another one, where their scales begin, counted from the first scale of the first block.
+    """
     token = tl.program_id(0)
     sequence, position = token_place(token, cu_ptr, start_ptr, batch, BATCH)
     place_N = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    entry_N = tl.load(index_ptr + token.to(tl.int64) * chosen + place_N, mask=place_N < chosen, other=-1)
+    if CHOSEN:
+        entries = most
+        entry_N = tl.load(index_ptr + token.to(tl.int64) * most + place_N, mask=place_N < most, other=-1)
+    else:
+        entries = tl.minimum((position + 1) // ratio, most)
+        entry_N = tl.where(place_N < entries, place_N, -1)
     entry_table_ptr = cmp_table_ptr + sequence.to(tl.int64) * cmp_blocks
-    unit_N = row_unit(entry_N, entry_N >= 0, entry_table_ptr, cmp_units, ROW_UNITS, CMP_PER_BLOCK)
     recent = tl.minimum(position + 1, window)
-    is_window_N = (place_N >= chosen) & (place_N < chosen + recent)
-    row_N = position + 1 - recent + place_N - chosen
+    rows = entries + recent
+    is_window_N = (place_N >= entries) & (place_N < rows)
+    row_N = position + 1 - recent + place_N - entries
     row_table_ptr = window_table_ptr + sequence.to(tl.int64) * window_blocks
-    window_unit_N = row_unit(row_N, is_window_N, row_table_ptr, window_units, ROW_UNITS, WINDOW_PER_BLOCK)
-    unit_N = tl.where(entry_N >= 0, unit_N, tl.where(is_window_N, window_unit_N, -1))
-    tl.store(out_ptr + token.to(tl.int64) * (chosen + window) + place_N, unit_N, mask=place_N < chosen + window)
+    out_ptr += token.to(tl.int64) * (most + window) * (2 if PACKED else 1)
+    for part in tl.static_range(2 if PACKED else 1):
+        entry_unit_N = row_unit(entry_N, entry_N >= 0, entry_table_ptr, cmp_units, SCALE_UNITS if part else ROW_UNITS, CMP_PER_BLOCK)
+        unit_N = row_unit(row_N, is_window_N, row_table_ptr, window_units, SCALE_UNITS if part else ROW_UNITS, WINDOW_PER_BLOCK)
+        unit_N = tl.where(entry_N >= 0, entry_unit_N, tl.where(is_window_N, unit_N, -1))
+        tl.store(out_ptr + part * (most + window) + place_N, unit_N, mask=place_N < rows)
+    if tl.program_id(1) == 0:
+        tl.store(rows_ptr + token * 2, entries)
+        tl.store(rows_ptr + token * 2 + 1, rows)
 
 
 @triton.jit
@@ -162,12 +182,15 @@ def attend(
     mass_H = tl.zeros((BLOCK_H,), tl.float32)
     window_table_ptr += sequence.to(tl.int64) * window_blocks
     cmp_table_ptr += sequence.to(tl.int64) * cmp_blocks
-    index_ptr += token.to(tl.int64) * (chosen + window if KIND == 3 else chosen)
+    listed = chosen + window if KIND == 3 else chosen
+    index_ptr += token.to(tl.int64) * listed * (2 if PACKED and KIND == 3 else 1)
     for i in range(low, tl.minimum(low + share, steps)):
         place_N = i * BLOCK_N + tl.arange(0, BLOCK_N)
         if KIND == 3:
             unit_N = tl.load(index_ptr + place_N, mask=place_N < rows, other=-1)
             valid_N = unit_N >= 0
+            if PACKED:
+                byte_N = tl.load(index_ptr + listed + place_N, mask=place_N < rows, other=0)
         else:
             valid_N = (place_N >= entries) & (place_N < rows)
             unit_N = row_unit(first + place_N - entries, valid_N, window_table_ptr, window_units, ROW_UNITS, WINDOW_PER_BLOCK)
