@@ -42,7 +42,8 @@ class Plan:
     placed: bool = False
     """Whether a kernel of its own finds the rows of chosen entries first."""
     by_hand: int = 0
-    """Rows of a step of the kernel with layouts by hand, which takes whole rows of 512 bf16 channels and heads in 64s; 0: not that one."""
+    """Rows of a step of the kernel with layouts by hand, which takes whole rows of 512 bf16 channels and heads in 64s; 0: not that one. No plan
+    has it yet: a device judged an earlier form of that kernel only."""
 
 
 def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Plan:
@@ -63,7 +64,7 @@ def plan(tokens: int, heads: int, steps: int, packed: bool, chosen: bool) -> Pla
     placed = chosen and splits == 1
     many = splits == 1 and tokens >= _MANY
     if placed or (many and not chosen and steps >= _LONG):
-        return Plan(together, 64, splits, warps, 3 if placed else 2, placed, 64 if many and placed else 0)
+        return Plan(together, 64, splits, warps, 3 if placed else 2, placed)
     return Plan(together, 32, splits, warps, 3, placed)
 
 

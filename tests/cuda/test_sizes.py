@@ -61,7 +61,7 @@ def test_a_plan_splits_few_queries_and_leaves_many_whole() -> None:
     assert (splits(1, 64, 20), splits(1, 64, 260, False), splits(32, 64, 20)) == (20, 128, 4)
     assert splits(128, 64, 20) == splits(4096, 64, 20) == splits(4096, 64, 5, False) == splits(1, 3, 1) == 1
     assert attention.plan(4096, 64, 20, False, True).placed and not attention.plan(4096, 64, 20, False, False).placed
-    assert attention.plan(4096, 64, 20, False, True).by_hand == 64 and not attention.plan(128, 64, 20, False, True).by_hand
+    assert not attention.plan(4096, 64, 20, False, True).by_hand  # until a device has judged it
     assert (attention.plan(4096, 64, 40, False, False).rows, attention.plan(4096, 64, 5, False, False).rows) == (64, 32)
 
 
