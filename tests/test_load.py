@@ -220,3 +220,27 @@ def test_tensors_do_not_overlap_and_their_pages_are_given_back() -> None:
     assert memory.uninitialised((3,), torch.bfloat16).dtype is torch.bfloat16
     del made, tensor, memory
     assert _mappings() <= before + 4
+
+
+def _flags(address: int) -> list[str]:
+    """VmFlags of the mapping that holds an address; "hg": huge pages are advised."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        head, _, rest = line.partition(" ")
+        if "-" in head and ":" not in head:
+            first, last = (int(part, 16) for part in head.split("-"))
+            inside = first <= address < last
+        elif inside and head == "VmFlags:":
+            return rest.split()
+    return []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a kernel without huge pages")
+def test_huge_pages_are_offered_after_the_filling_and_hold_nothing() -> None:
+    before, memory = _mappings(), Memory()
+    kept, dropped = memory.uninitialised((LARGE,), torch.float32), memory.uninitialised((LARGE,), torch.float32)
+    assert "hg" not in _flags(kept.data_ptr())
+    del dropped
+    assert _mappings() <= before + 3
+    memory.offer()
+    assert "hg" in _flags(kept.data_ptr() + LARGE)

@@ -149,6 +149,7 @@ class _Filler:
         for task in in_order(pool, self.carry_out, self.tasks(pieces)):
             if task.end == task.piece.source.bytes:  # in order: the parts before it are done
                 self.done(task.piece)
+        self.memory.offer()
 
     def done(self, piece: Piece) -> None:
         self.bar.update(piece.bytes)
