@@ -16,6 +16,7 @@ FLOAT_OUTPUT = (
     "dequant_int8", "roundtrip_fp8", "roundtrip_fp4", "hadamard", "linear", "linear_fp8", "linear_fp4", "linear_int8", "grouped_linear",
     "hc_pre", "hc_post", "hc_head", "compress", "sparse_attention", "gate_topk", "gate_hash", "clamped_swiglu", "grouped_experts",
     "grouped_experts_fp4", "grouped_experts_fp8", "grouped_experts_int8", "moe_combine", "moe_mlp",
+    "linear_mx", "norm_rope", "moe_int8", "moe_mx",
 )  # fmt: skip
 """Ops whose first result is floating."""
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.mutants.core import arguments, legal, mutant
+from ops.contract import CONTRACTS
+from ops.mutants.core import arguments, legal, mutant, rounded_reference
 
 _E8M0 = torch.float8_e8m0fnu
 
@@ -33,6 +34,17 @@ def _bytes(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def _halves_swapped(w: Tensor) -> Tensor:
     return torch.cat(w.chunk(2, -2)[::-1], -2).contiguous()
 
+
+def _centred(x: Tensor) -> Tensor:
+    return (x.float() - x.float().mean(-1, keepdim=True)).to(x.dtype)
+
+
+def _in_float64(op: str) -> Any:
+    return lambda call, *args, **kwargs: rounded_reference(CONTRACTS[op], torch.float64)(*args, **kwargs)
+
+
+for _op in ("moe_int8", "moe_mx", "linear_mx", "norm_rope", "rms_norm_quant"):
+    legal(_op, "in_float64", "everything between quantisations is in float64")(_in_float64(_op))
 
 for _op in ("moe_int8", "moe_mx"):
     mutant(_op, "experts_shifted", "tokens go to the expert behind the chosen one")(
@@ -76,6 +88,18 @@ mutant("linear_mx", "exponent_off_by_one", "the bias of the exponent is 128")(
 )
 
 
+mutant("linear_mx", "weight_scale_doubled", "the weight's scales are one power of two too large")(
+    _changed("linear_mx", scale=lambda a: _bytes(lambda b: b + 1)(a["scale"]))
+)
+mutant("linear_mx", "scale_ignored", "the scales of x are taken as 1")(
+    _changed("linear_mx", x_scale=lambda a: _bytes(lambda b: torch.full_like(b, 127))(a["x_scale"]))
+)
+mutant("linear_mx", "signs_lost", "codes of x are read without their sign")(_changed("linear_mx", x=lambda a: a["x"].float().abs().to(a["x"].dtype)))
+mutant("linear_mx", "last_group_lost", "the last 32 channels are left out")(
+    _changed("linear_mx", x=lambda a: torch.cat((a["x"].float()[:, :-32], torch.zeros_like(a["x"].float()[:, -32:])), 1).to(a["x"].dtype))
+)
+
+
 @mutant("linear_mx", "bf16_sum", "the sum is rounded to bf16 first", dtypes=(torch.float32,))
 def _bf16_sum(call: Any, x: Tensor, weight_NK: Tensor, scale: Tensor, *, x_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     y: Tensor = call(x, weight_NK, scale, x_scale=x_scale, out_dtype=out_dtype)
@@ -86,6 +110,14 @@ mutant("norm_rope", "weight_left_out", "the weight is taken as ones")(_changed("
 mutant("norm_rope", "inverse", "the rotation turns the other way")(_changed("norm_rope", sin_TR2=lambda a: -a["sin_TR2"]))
 mutant("norm_rope", "not_rotated", "nothing is rotated")(
     _changed("norm_rope", cos_TR2=lambda a: torch.ones_like(a["cos_TR2"]), sin_TR2=lambda a: torch.zeros_like(a["sin_TR2"]))
+)
+mutant("norm_rope", "one_added", "the weight is one more than it is stored")(_changed("norm_rope", weight=lambda a: a["weight"] + 1))
+mutant("norm_rope", "mean_subtracted", "a layer norm: the mean is taken off first")(_changed("norm_rope", x=lambda a: _centred(a["x"])))
+mutant("norm_rope", "position_of_next_row", "rows are turned by the angles of the next one")(
+    _changed("norm_rope", cos_TR2=lambda a: a["cos_TR2"].roll(-1, 0), sin_TR2=lambda a: a["sin_TR2"].roll(-1, 0))
+)
+mutant("norm_rope", "amplitude_of_yarn", "cosines and sines carry an amplitude")(
+    _changed("norm_rope", cos_TR2=lambda a: a["cos_TR2"] * 1.2773, sin_TR2=lambda a: a["sin_TR2"] * 1.2773)
 )
 mutant("norm_rope", "epsilon_of_another_model", "epsilon is 1e-2")(_changed("norm_rope", eps=lambda a: 1e-2))
 
@@ -136,3 +168,10 @@ mutant(_NQ, "scale_of_next_row", "rows take the scale of the next one")(
 mutant(_NQ, "scale_doubled", "scales are twice as large")(
     _after(lambda c, s, k: (c, s * 2 if k == "int8" else (s.view(torch.uint8) + 1).view(_E8M0)))
 )
+mutant(_NQ, "scale_halved", "scales are half as large")(
+    _after(lambda c, s, k: (c, s / 2 if k == "int8" else (s.view(torch.uint8) - 1).view(_E8M0)))
+)
+mutant(_NQ, "codes_of_next_row", "rows take the codes of the next one")(_after(lambda c, s, k: (c.view(torch.uint8).roll(1, 0).view(c.dtype).float(), s)))
+mutant(_NQ, "signs_lost", "codes have lost their sign")(_after(lambda c, s, k: (c.float().abs(), s)))
+mutant(_NQ, "one_added", "the weight is one more than it is stored")(_changed(_NQ, weight_K=lambda a: a["weight_K"] + 1))
+mutant(_NQ, "mean_subtracted", "a layer norm: the mean is taken off first")(_changed(_NQ, x_TK=lambda a: _centred(a["x_TK"])))
