@@ -99,7 +99,6 @@ def repair() -> None:
     semantic.TritonSemantic.dot_scaled = with_names
     builder.repaired_for_v4 = True
 
-    from backends.cuda_triton import interpreter_gluon
-    from backends.cuda_triton.kernels import attention_hopper
+    from backends.cuda_triton.kernels import attention_hopper, interpreter_gluon
 
     interpreter_gluon.adapt(attention_hopper)
