@@ -1,7 +1,7 @@
 """Memory for parameters: filled in pages of the usual size, then offered to the system for huge ones, which are read with fewer misses of the TLB.
 
 Asking for huge pages before the filling made a new process wait: on a virtual machine whose host takes free memory back each of them is fetched
-and cleared twice (1.7 GB in 3.7 s instead of 1.0 s). Offered afterwards, they are joined in the background as the system finds time.
+and cleared twice (docs/performance.md). Offered afterwards, they are joined in the background as the system finds time.
 """
 
 from __future__ import annotations
